@@ -125,7 +125,11 @@ class NoTask(Task):
         """Not called."""
         raise NotImplementedError
 
-    def metrics(self, model: nn.Module, test: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, units: Examples) -> Tensor:
+        """Not called."""
+        raise NotImplementedError
+
+    def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
         """Not called."""
         raise NotImplementedError
 

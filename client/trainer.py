@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import secrets
 import warnings
@@ -26,6 +27,7 @@ from common.tasks.parameters import (
     private_of,
     shared_of,
 )
+from common.tasks.separation import require_separate_units
 
 __all__ = ["Trainer", "pick_device"]
 
@@ -141,8 +143,7 @@ class Trainer:
         """The task's metrics of the given parameters on held-out units."""
         self._load(parameters, private)
         self._model.eval()
-        with torch.no_grad():
-            return self.task.metrics(self._model, test.to(self.device))
+        return self.task.evaluate(self._model, test.to(self.device))
 
     def train(
         self,
@@ -168,11 +169,9 @@ class Trainer:
         self._load(parameters, private)
         step = self._step(plan, parameters.to(self.device), randomness, divisor)
         self._model.train()
-        draws = randomness.generator()
         try:
             for _ in range(plan.local_steps):
-                index = poisson_sample(self.units, plan.sampling_rate, randomness).to(self.device)
-                step(self.task.batch(self._data, index, draws))
+                step(self._sample(plan.sampling_rate, randomness))
         except BaseException:
             # Opacus' hooks keep what a broken step left in them, and would fail every later one.
             self._unhook()
@@ -180,6 +179,17 @@ class Trainer:
         return shared_of(self.task, self._model) - parameters, private_of(self.task, self._model)
 
     # -- one step ----------------------------------------------------------------------------
+
+    def _sample(self, sampling_rate: float, randomness: Randomness) -> Examples:
+        """The batch of a Poisson sample of the units."""
+        index = poisson_sample(self.units, sampling_rate, randomness)
+        shape = (len(index), self.task.draws)
+        if self.task.draws:
+            draws = randomness.draws(math.prod(shape)).view(shape)
+        else:
+            draws = torch.empty(shape, dtype=torch.float64)
+        units = self._data.take(index.to(self.device))
+        return self.task.batch(units, draws.to(self.device))
 
     def _step(
         self, plan: TrainingPlan, start: Tensor, randomness: Randomness, divisor: float
@@ -286,28 +296,6 @@ class Trainer:
                     "[B, T, d] and not [B*T, d]"
                 )
 
-    def _require_separate_units(self) -> None:
-        """A unit's loss must not depend on who else is in the batch.
-
-        Raises:
-            ConfigurationError: it does, so no clip bounds what one unit changes.
-        """
-        if self.units < 2:
-            return
-        batch = self.task.batch(
-            self._data, torch.arange(2, device=self.device), torch.Generator().manual_seed(0)
-        )
-        alone = batch.take(torch.tensor([0], device=self.device))
-        self._model.eval()
-        with torch.no_grad():
-            together = self.task.loss(self._model, batch)[0]
-            apart = self.task.loss(self._model, alone)[0]
-        if not torch.allclose(together, apart, rtol=1e-3, atol=1e-5, equal_nan=True):
-            raise ConfigurationError(
-                f"the loss of task {self.task.name!r} gives one unit another value when a second "
-                "is in the batch; entry i must depend on unit i only"
-            )
-
     def _unhook(self) -> None:
         """Take Opacus' hooks off the model."""
         if self._gradients is not None:
@@ -354,7 +342,7 @@ class Trainer:
         they are hidden from Opacus, which hooks only modules that have something to train.
         """
         if self._gradients is None:
-            self._require_separate_units()
+            require_separate_units(self.task, self._model, self._data)
             private = [
                 parameter
                 for name, parameter in self._model.named_parameters()

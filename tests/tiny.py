@@ -64,8 +64,11 @@ class TinyTask(Task):
         x = table[[f"x{i}" for i in range(FEATURES)]].to_numpy(np.float32)
         return Examples({"x": torch.tensor(x), "y": torch.tensor(table["y"].to_numpy(np.float32))})
 
-    def metrics(self, model: nn.Module, test: Examples) -> dict[str, float]:
-        right = (model(test["x"]).squeeze(-1) > 0) == (test["y"] > 0.5)
+    def predict(self, model: nn.Module, units: Examples) -> Tensor:
+        return model(units["x"]).squeeze(-1)
+
+    def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
+        right = (predictions > 0) == (test["y"] > 0.5)
         return {"accuracy": float(right.float().mean())}
 
     def split(self, table: pd.DataFrame, *, holder: str, seed: int) -> HolderTables:

@@ -6,15 +6,18 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from common.data.holders import hashed_split
 from common.data.schema import Schema
+from common.errors import ConfigurationError
 
 __all__ = [
     "Examples",
@@ -32,6 +35,8 @@ HELD_OUT = 0.2
 
 Unit = Literal["record", "user"]
 """Whose privacy a guarantee speaks of: one record, or one user (all records of one person)."""
+
+_NO_PADDING: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,57 @@ class Examples:
         """The same examples on ``device``."""
         return Examples({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    def split(self, sizes: int | Sequence[int]) -> list[Examples]:
+        """Consecutive parts of the given sizes, or of one size, the last part the smaller."""
+        parts = [
+            tensor.split(sizes if isinstance(sizes, int) else list(sizes))  # type: ignore[no-untyped-call]
+            for tensor in self.tensors.values()
+        ]
+        return [
+            Examples(dict(zip(self.tensors, part, strict=True)))
+            for part in zip(*parts, strict=True)
+        ]
+
     @staticmethod
-    def concatenate(parts: Sequence[Examples]) -> Examples:
-        """All units of ``parts``, in order."""
+    def concatenate(
+        parts: Sequence[Examples], padding: Mapping[str, float] = _NO_PADDING
+    ) -> Examples:
+        """All units of ``parts``, in order.
+
+        Args:
+            parts: at least one.
+            padding: as in :attr:`Task.padding`; fills a narrower tensor up to the widest.
+
+        Raises:
+            ConfigurationError: a tensor's width differs and there is no padding for it.
+        """
         return Examples(
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0].tensors}
+            {
+                name: _joined(name, [part[name] for part in parts], padding.get(name))
+                for name in parts[0].tensors
+            }
         )
+
+
+def _joined(name: str, parts: Sequence[Tensor], filler: float | None) -> Tensor:
+    """Parts [Bᵢ, …] one after another, their trailing dimensions filled up to the largest."""
+    shapes = {tuple(part.shape[1:]) for part in parts}
+    if len(shapes) > 1:
+        if filler is None or len({len(shape) for shape in shapes}) > 1:
+            raise ConfigurationError(
+                f"tensor {name!r} is {' or '.join(map(str, sorted(shapes)))} for each unit, "
+                "depending on the holder; the task must make it the same everywhere or name in "
+                "`padding` what fills it up"
+            )
+        widest = [max(lengths) for lengths in zip(*shapes, strict=True)]
+        parts = [_filled_up(part, widest, filler) for part in parts]
+    return torch.cat(list(parts))
+
+
+def _filled_up(part: Tensor, widest: Sequence[int], filler: float) -> Tensor:
+    missing = [want - have for want, have in zip(widest, part.shape[1:], strict=True)]
+    # torch counts from the last dimension: (before, after) of each.
+    return F.pad(part, [n for more in reversed(missing) for n in (0, more)], value=filler)
 
 
 @dataclass(frozen=True)
@@ -155,6 +205,14 @@ class Task(ABC):
     """Names (as in ``model.named_parameters()``) that never leave the holder."""
     private_learning_rate: ClassVar[float] = 0.0
     """Of the plain SGD step that private parameters take."""
+    draws: ClassVar[int] = 0
+    """How many uniform numbers a unit needs for one batch: see :meth:`batch`."""
+    units_at_a_time: ClassVar[int] = 4096
+    """Held-out units that :meth:`evaluate` predicts at once; bounds the memory."""
+
+    padding: Mapping[str, float] = _NO_PADDING
+    """What fills trailing entries of tensors whose width differs between holders, by name. It
+    must leave losses, predictions and metrics as they are."""
 
     caveat: str = ""
     """A sentence that belongs beside every statement of the guarantee, or nothing: what the
@@ -178,15 +236,52 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Examples) -> Tensor:
-        """Loss of each unit of ``batch``: [B] float32; entry i depends on unit i only."""
+        """Loss of each unit of ``batch``: [B] float32; entry i depends on unit i only.
+
+        Parameters are reached by calling the layer that has them, as in ``model.users(rows)``,
+        and never by name: a simulator swaps layers for ones that hold many holders' parameters.
+        """
 
     @abstractmethod
     def examples(self, table: pd.DataFrame) -> Examples:
         """Encode a checked table with public constants only."""
 
     @abstractmethod
-    def metrics(self, model: nn.Module, test: Examples) -> dict[str, float]:
-        """Metrics of ``model`` on held-out units; NaN where undefined (AUC of a single class)."""
+    def predict(self, model: nn.Module, units: Examples) -> Tensor:
+        """What the metrics need to know of each held-out unit: [B, …].
+
+        Entry i depends on unit i only. The model is called with all B rows, in order, and its
+        parameters are reached as in :meth:`loss`, for the same reason: the rows may be those of
+        many holders, each with parameters of its own. Called without gradients.
+        """
+
+    @abstractmethod
+    def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
+        """Metrics of one holder; NaN where undefined (AUC of a single class, nobody tested).
+
+        Args:
+            predictions: [B, …], of :meth:`predict`.
+            test: [B], the holder's held-out units.
+        """
+
+    def metrics_by_holder(
+        self, predictions: Tensor, test: Examples, sizes: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """:meth:`metrics` of each of S holders; overridden where all at once is faster.
+
+        Args:
+            predictions: [B, …], holder by holder.
+            test: [B], in the same order.
+            sizes: [S] held-out units of each holder, B in sum; 0 is allowed.
+        """
+        parts = zip(predictions.split(list(sizes)), test.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        return [self.metrics(part, units) for part, units in parts]
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, test: Examples) -> dict[str, float]:
+        """Metrics of ``model`` on one holder's held-out units, which may be none."""
+        predictions = [self.predict(model, part) for part in test.split(self.units_at_a_time)]
+        return self.metrics(torch.cat(predictions), test)
 
     @abstractmethod
     def split(self, table: pd.DataFrame, *, holder: str, seed: int) -> HolderTables:
@@ -217,16 +312,19 @@ class Task(ABC):
         """Encode both halves. Overridden where a preparation needs the training half's figures."""
         return HolderData(train=self.examples(tables.train), test=self.examples(tables.test))
 
-    def batch(self, examples: Examples, index: Tensor, generator: torch.Generator) -> Examples:
-        """The batch of the units at ``index`` for one step.
+    def batch(self, units: Examples, draws: Tensor) -> Examples:
+        """What one step sees of the units that were sampled.
+
+        A pure function, so that the batches of many holders can be made as one: entry i of the
+        result depends on unit i and ``draws[i]`` only.
 
         Args:
-            examples: all training units of the holder.
-            index: [B] int64, possibly empty.
-            generator: of whatever the batch draws itself (negatives, augmentation); on the CPU.
+            units: those that were sampled, [B]; possibly none.
+            draws: [B, :attr:`draws`] float64 on the units' device, independent and uniform in
+                [0, 1), for whatever the batch needs chance for (negatives, augmentation).
         """
-        del generator
-        return examples.take(index)
+        del draws
+        return units
 
     def holder_data(
         self, holders: int | None = None, *, seed: int = 0, division: int = 0

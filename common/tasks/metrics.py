@@ -1,77 +1,188 @@
-"""Metrics of a binary classifier, each NaN where the held-out rows leave it undefined.
+"""Metrics of binary classifiers, each NaN where the held-out rows leave it undefined.
 
-They are computed by a holder on its own held-out rows. They are functions of data: what of them
-may leave the holder, and at what price, is the policy's and the ledger's matter.
+They are computed on a holder's own held-out rows. They are functions of data: what of them may
+leave the holder, and at what price, is the policy's and the ledger's matter.
+
+A simulator judges thousands of holders at once, so every metric is computed for all of them
+together; a single holder is the case S = 1.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
-__all__ = ["METRICS", "classification_metrics"]
+__all__ = ["METRICS", "classification_metrics", "classification_metrics_by_holder"]
 
-Labels = npt.NDArray[np.bool_]
-Scores = npt.NDArray[np.float64]
+Booleans = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float64]
 
 
-def accuracy(positive: Labels, scores: Scores) -> float:
+@dataclass(frozen=True)
+class _Thresholds:
+    """Every distinct score of every holder, in ascending order within a holder: [C] each.
+
+    Args:
+        holder: whose score it is.
+        positives: how many of the holder's positive rows score at most this.
+        negatives: how many of its negative rows do.
+        tied_positives: how many of its positive rows score exactly this.
+        tied_negatives: how many of its negative rows do.
+    """
+
+    holder: Counts
+    positives: Counts
+    negatives: Counts
+    tied_positives: Counts
+    tied_negatives: Counts
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of S holders, holder by holder and by ascending score within each.
+
+    Args:
+        sizes: [S] rows of each holder.
+        holder: [N] from 0, ascending.
+        positive: [N] whether the label is 1.
+        scores: [N] finite.
+    """
+
+    sizes: Counts
+    holder: Counts
+    positive: Booleans
+    scores: Values
+
+    @staticmethod
+    def of(sizes: Counts, holder: Counts, positive: Booleans, scores: Values) -> _Rows:
+        """Sort rows that come holder by holder."""
+        order = np.lexsort((scores, holder))
+        return _Rows(sizes, holder, positive[order], scores[order])
+
+    @property
+    def found(self) -> Booleans:
+        """Which rows have a probability above one half: [N]."""
+        return self.scores > 0.5
+
+    @cached_property
+    def positives(self) -> Values:
+        """Positive rows of each holder: [S]."""
+        return self.total(self.positive)
+
+    @property
+    def negatives(self) -> Values:
+        """Negative rows of each holder: [S]."""
+        return self.sizes - self.positives
+
+    @cached_property
+    def thresholds(self) -> _Thresholds:
+        """What comparing the two classes needs."""
+        last = np.ones(len(self.scores), dtype=np.bool_)
+        last[:-1] = (np.diff(self.holder) > 0) | (np.diff(self.scores) > 0)
+        holder = self.holder[last]
+        counts = []
+        for counted in (self.positive, ~self.positive):
+            seen = np.cumsum(counted)[last]
+            own = self.total(counted).astype(np.int64)
+            earlier = np.cumsum(own) - own  # rows of the holders before
+            counts.append((seen - earlier[holder], np.diff(seen, prepend=0)))
+        (positives, tied_positives), (negatives, tied_negatives) = counts
+        return _Thresholds(holder, positives, negatives, tied_positives, tied_negatives)
+
+    def total(self, values: Booleans | Values) -> Values:
+        """Sum over each holder's rows: [N] → [S]."""
+        return _sums(self.holder, values, len(self.sizes))
+
+
+# Where a metric is undefined it is 0 divided by 0, so NaN needs no case of its own.
+
+
+def accuracy(rows: _Rows) -> Values:
     """Share of rows on the right side of probability one half."""
-    return float(np.mean((scores > 0.5) == positive))
+    return rows.total(rows.found == rows.positive) / rows.sizes
 
 
-def auc(positive: Labels, scores: Scores) -> float:
+def auc(rows: _Rows) -> Values:
     """Probability that a positive row scores above a negative one; ties count half."""
-    positives, negatives = _counts(positive)
-    if not (positives and negatives):
-        return math.nan
-    below = rankdata(scores)[positive].sum() - positives * (positives + 1) / 2
-    return float(below / (positives * negatives))
+    at = rows.thresholds
+    won = at.tied_positives * (at.negatives - at.tied_negatives / 2)
+    return _sums(at.holder, won, len(rows.sizes)) / (rows.positives * rows.negatives)
 
 
-def ks(positive: Labels, scores: Scores) -> float:
+def ks(rows: _Rows) -> Values:
     """Kolmogorov–Smirnov distance between the scores of positive and of negative rows."""
-    positives, negatives = _counts(positive)
-    if not (positives and negatives):
-        return math.nan
-    order = np.argsort(scores, kind="stable")
-    ranked, ends = positive[order], np.flatnonzero(np.append(np.diff(scores[order]) > 0, True))
-    gap = np.cumsum(ranked) / positives - np.cumsum(~ranked) / negatives
-    return float(np.abs(gap[ends]).max())
+    at = rows.thresholds
+    below = at.positives / rows.positives[at.holder]
+    gap = np.abs(below - at.negatives / rows.negatives[at.holder])
+    largest = np.zeros(len(rows.sizes))
+    np.maximum.at(largest, at.holder, gap)
+    return largest
 
 
-def brier(positive: Labels, scores: Scores) -> float:
+def brier(rows: _Rows) -> Values:
     """Mean squared difference between probability and outcome."""
-    return float(np.mean((scores - positive) ** 2))
+    return rows.total((rows.scores - rows.positive) ** 2) / rows.sizes
 
 
-def recall(positive: Labels, scores: Scores) -> float:
+def recall(rows: _Rows) -> Values:
     """Share of positive rows that are found at probability one half."""
-    found = scores > 0.5
-    return float(found[positive].mean()) if positive.any() else math.nan
+    return rows.total(rows.found & rows.positive) / rows.positives
 
 
-def f1(positive: Labels, scores: Scores) -> float:
+def f1(rows: _Rows) -> Values:
     """Harmonic mean of precision and recall at probability one half."""
-    found = scores > 0.5
-    both = found.sum() + positive.sum()
-    return float(2 * (found & positive).sum() / both) if both else math.nan
+    return 2 * rows.total(rows.found & rows.positive) / (rows.total(rows.found) + rows.positives)
 
 
-METRICS: Mapping[str, Callable[[Labels, Scores], float]] = MappingProxyType(
+METRICS: Mapping[str, Callable[[_Rows], Values]] = MappingProxyType(
     {"accuracy": accuracy, "auc": auc, "ks": ks, "brier": brier, "recall": recall, "f1": f1}
 )
+
+
+def classification_metrics_by_holder(
+    labels: npt.ArrayLike,
+    probabilities: npt.ArrayLike,
+    sizes: npt.ArrayLike,
+    names: Iterable[str] = tuple(METRICS),
+) -> dict[str, Values]:
+    """The named metrics of each of S holders.
+
+    >>> found = classification_metrics_by_holder([0, 1, 1, 0], [0.1, 0.6, 0.4, 0.9], [2, 2])
+    >>> found["auc"].tolist()
+    [1.0, 0.0]
+
+    Args:
+        labels: [N] of 0 and 1, holder by holder.
+        probabilities: [N] predicted probability of 1.
+        sizes: [S] rows of each holder, N in sum; 0 is allowed.
+        names: which of :data:`METRICS`.
+
+    Returns:
+        Name → [S] float64; all NaN for a holder that has no rows or a probability that is not
+        finite (a model that diverged has no metrics).
+    """
+    lengths = np.asarray(sizes, dtype=np.int64)
+    scores = np.asarray(probabilities, dtype=np.float64)
+    finite = np.isfinite(scores)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    rows = _Rows.of(lengths, owner, np.asarray(labels) > 0.5, np.where(finite, scores, 0.0))
+    diverged = _sums(owner, ~finite, len(lengths)) > 0
+    undefined = diverged | (lengths == 0)
+    with np.errstate(invalid="ignore"):
+        return {name: np.where(undefined, math.nan, METRICS[name](rows)) for name in names}
 
 
 def classification_metrics(
     labels: npt.ArrayLike, probabilities: npt.ArrayLike, names: Iterable[str] = tuple(METRICS)
 ) -> dict[str, float]:
-    """The named metrics.
+    """The named metrics of one holder: see :func:`classification_metrics_by_holder`.
 
     >>> classification_metrics([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], ["auc", "accuracy"])
     {'auc': 0.75, 'accuracy': 0.5}
@@ -80,18 +191,12 @@ def classification_metrics(
         labels: [N] of 0 and 1.
         probabilities: [N] predicted probability of 1.
         names: which of :data:`METRICS`.
-
-    Returns:
-        Name → value; all NaN where there are no rows or a probability is not finite (a model
-        that diverged has no metrics).
     """
-    positive = np.asarray(labels) > 0.5
-    scores = np.asarray(probabilities, dtype=np.float64)
-    if not len(scores) or not np.isfinite(scores).all():
-        return dict.fromkeys(names, math.nan)
-    return {name: METRICS[name](positive, scores) for name in names}
+    sizes = [len(np.asarray(labels))]
+    values = classification_metrics_by_holder(labels, probabilities, sizes, names)
+    return {name: float(value[0]) for name, value in values.items()}
 
 
-def _counts(positive: Labels) -> tuple[int, int]:
-    positives = int(positive.sum())
-    return positives, len(positive) - positives
+def _sums(holder: Counts, values: Booleans | Values, holders: int) -> Values:
+    """Sum of each holder's values: [N], [N] → [S]."""
+    return np.asarray(np.bincount(holder, values, minlength=holders), dtype=np.float64)

@@ -7,7 +7,7 @@ The privacy unit is a user: one row of a batch is everything one person contribu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -30,8 +30,8 @@ CUTOFF = 10
 
 GAINS = (hit_rate, ndcg)
 
-USERS_AT_A_TIME = 64
-"""Users scored against the whole catalogue at once in evaluation; bounds the memory."""
+_NAMES = tuple(f"{gain}@{CUTOFF}{ranked}" for ranked in ("", "-full") for gain in ("hr", "ndcg"))
+"""The metrics, in the order of what :meth:`Recommendation.predict` returns of a user."""
 
 _SCHEDULES = {"synthetic": (10, 5), "movielens-100k": (60, 10), "movielens-1m": (30, 10)}
 """Rounds and local steps without privacy, by source."""
@@ -112,29 +112,33 @@ class Recommendation(Task):
     PENALTY: ClassVar[float] = 0.005
     """Of the squared length of a user's private vector."""
 
+    draws: ClassVar[int] = POSITIVES + NEGATIVES
+    units_at_a_time: ClassVar[int] = 64  # each is scored against the whole catalogue
+
     def __init__(self, source: str | None = None, preprocessing: str | None = None) -> None:
         self.source = self.sources[source or next(iter(self.sources))]()
         self.schema = self.source.schema
         self.preprocessing = preprocessing or "default"
         self._first_item, self._catalogue = catalogue_of(self.schema["item"])
+        self.padding = {"items": self._catalogue}
 
     def model(self, units: int) -> Recommender:
         """A new model with private vectors for ``units`` users."""
         return Recommender(units, self._catalogue, self.DIMENSIONS)
 
-    def batch(self, examples: Examples, index: Tensor, generator: torch.Generator) -> Examples:
-        """Pairs to learn from for the users at ``index``.
+    def batch(self, units: Examples, draws: Tensor) -> Examples:
+        """Pairs to learn from for the users that were sampled.
 
         Returns:
             ``user`` [B], ``positives`` [B, 32] and ``negatives`` [B, 128] catalogue positions.
             Negatives are uniform over everything that is not a training positive of the user.
         """
-        users = examples.take(index)
+        for_positives, for_negatives = draws.tensor_split([self.POSITIVES], dim=1)
         return Examples(
             {
-                "user": users["user"],
-                "positives": _draw_positives(users, self.POSITIVES, generator),
-                "negatives": _draw_negatives(users, self.NEGATIVES, self._catalogue, generator),
+                "user": units["user"],
+                "positives": _draw_positives(units, for_positives),
+                "negatives": _draw_negatives(units, self._catalogue, for_negatives),
             }
         )
 
@@ -148,8 +152,7 @@ class Recommendation(Task):
         scores = model(batch["user"], torch.cat([positives, negatives], dim=1))
         liked, other = scores.tensor_split([positives.shape[1]], dim=1)
         pairs = F.softplus(other.unsqueeze(1) - liked.unsqueeze(2)).mean(dim=(1, 2))
-        # Indexed, not called: Opacus counts every call of a layer as part of the unit's gradient.
-        own = model.get_parameter("users.weight")[batch["user"]]
+        own: Tensor = model.users(batch["user"])  # type: ignore[operator]
         return pairs + 0.5 * self.PENALTY * own.square().sum(1)
 
     def examples(self, table: pd.DataFrame) -> Examples:
@@ -208,23 +211,29 @@ class Recommendation(Task):
             ),
         )
 
-    @torch.no_grad()
-    def metrics(self, model: nn.Module, test: Examples) -> dict[str, float]:
-        """Mean HR@10 and NDCG@10 over users, sampled and full; NaN where nobody is tested."""
-        chunks = torch.arange(len(test)).split(USERS_AT_A_TIME)  # type: ignore[no-untyped-call]
-        values = torch.cat([self._gains(model, test.take(chunk)) for chunk in chunks])
-        names = (f"hr@{CUTOFF}", f"ndcg@{CUTOFF}")
-        means = values.mean(0).tolist()  # of no users: NaN
-        return dict(zip((*names, *(f"{name}-full" for name in names)), means, strict=True))
-
-    def _gains(self, model: nn.Module, test: Examples) -> Tensor:
-        """HR, NDCG, full HR and full NDCG of each user: [U, 4] float64."""
-        catalogue = torch.arange(self._catalogue, device=test["user"].device)
-        scores = model(test["user"], catalogue.expand(len(test), -1))
-        own = scores.gather(1, test["held_out"].unsqueeze(1)).squeeze(1)
-        sampled = position(own, scores.gather(1, test["negatives"]))
-        full = position(own, scores, counted=~self._out_of_competition(test))
+    def predict(self, model: nn.Module, units: Examples) -> Tensor:
+        """HR, NDCG, full HR and full NDCG of each user: [B, 4] float64."""
+        catalogue = torch.arange(self._catalogue, device=units["user"].device)
+        scores = model(units["user"], catalogue.expand(len(units), -1))
+        own = scores.gather(1, units["held_out"].unsqueeze(1)).squeeze(1)
+        sampled = position(own, scores.gather(1, units["negatives"]))
+        full = position(own, scores, counted=~self._out_of_competition(units))
         return torch.stack([gain(at, CUTOFF) for at in (sampled, full) for gain in GAINS], dim=1)
+
+    def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
+        """Mean HR@10 and NDCG@10 over users, sampled and full; NaN where nobody is tested."""
+        return self.metrics_by_holder(predictions, test, [len(test)])[0]
+
+    def metrics_by_holder(
+        self, predictions: Tensor, test: Examples, sizes: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """The same of every holder, computed for all of them at once."""
+        del test
+        users = torch.tensor(sizes, dtype=torch.int64)
+        holder = torch.arange(len(users)).repeat_interleave(users)
+        sums = torch.zeros(len(users), len(_NAMES), dtype=torch.float64)
+        means = sums.index_add_(0, holder, predictions.cpu()) / users.unsqueeze(1)
+        return [dict(zip(_NAMES, row, strict=True)) for row in means.tolist()]
 
     def _out_of_competition(self, test: Examples) -> Tensor:
         """Items that the held-out one is not ranked against: [U, catalogue] bool.
@@ -257,16 +266,13 @@ class Recommendation(Task):
         return settings | schedule
 
 
-def _draw_positives(users: Examples, number: int, generator: torch.Generator) -> Tensor:
-    """Uniform over each user's training positives, with replacement: [B, number]."""
-    at = _uniform_below(users["count"], number, generator)
-    return users["items"].gather(1, at)
+def _draw_positives(users: Examples, draws: Tensor) -> Tensor:
+    """Uniform over each user's training positives, with replacement: [B, n] → [B, n]."""
+    return users["items"].gather(1, _uniform_below(users["count"], draws))
 
 
-def _draw_negatives(
-    users: Examples, number: int, catalogue: int, generator: torch.Generator
-) -> Tensor:
-    """Uniform over what each user did not take, with replacement: [B, number].
+def _draw_negatives(users: Examples, catalogue: int, draws: Tensor) -> Tensor:
+    """Uniform over what each user did not take, with replacement: [B, n] → [B, n].
 
     Nothing is rejected: the r-th item that is not a positive is r plus the number of positives
     before it. The j-th positive (from 0, ascending) has ``items[j] - j`` other items before it,
@@ -275,11 +281,10 @@ def _draw_negatives(
     items, count = users["items"], users["count"]
     place = torch.arange(items.shape[1], device=items.device)
     others_before = torch.where(place < count.unsqueeze(1), items - place, catalogue)
-    r = _uniform_below(catalogue - count, number, generator)
+    r = _uniform_below(catalogue - count, draws)
     return r + torch.searchsorted(others_before, r, right=True)
 
 
-def _uniform_below(limit: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Whole numbers from 0 to ``limit - 1``: [B] → [B, number], on the device of ``limit``."""
-    unit = torch.rand(len(limit), number, generator=generator, dtype=torch.float64)
-    return (unit.to(limit.device) * limit.unsqueeze(1)).long()
+def _uniform_below(limit: Tensor, draws: Tensor) -> Tensor:
+    """Whole numbers from 0 to ``limit - 1`` ([B]) from uniform ones: [B, n] → [B, n] int64."""
+    return (draws * limit.unsqueeze(1)).long()

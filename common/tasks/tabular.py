@@ -17,7 +17,7 @@ from common.data.encoding import label_codes
 from common.data.holders import random_split, stratified_split
 from common.errors import ConfigurationError
 from common.tasks.base import Examples, HolderTables, Task, generator
-from common.tasks.metrics import classification_metrics
+from common.tasks.metrics import classification_metrics, classification_metrics_by_holder
 
 __all__ = ["BinaryTask", "Tier", "full_batch", "linear_model", "settings_for"]
 
@@ -52,13 +52,25 @@ class BinaryTask(Task):
             self._logits(model, batch), batch["label"], reduction="none"
         )
 
-    def metrics(self, model: nn.Module, test: Examples) -> dict[str, float]:
+    def predict(self, model: nn.Module, units: Examples) -> Tensor:
+        """Probability of label 1 for each row: [B] float64."""
+        return torch.sigmoid(self._logits(model, units).double())
+
+    def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
         """The metrics named in :attr:`measures`."""
-        with torch.no_grad():
-            probabilities = torch.sigmoid(self._logits(model, test).double())
         return classification_metrics(
-            test["label"].cpu().numpy(), probabilities.cpu().numpy(), self.measures
+            test["label"].cpu().numpy(), predictions.cpu().numpy(), self.measures
         )
+
+    def metrics_by_holder(
+        self, predictions: Tensor, test: Examples, sizes: Sequence[int]
+    ) -> list[dict[str, float]]:
+        """The same of every holder, computed for all of them at once."""
+        values = classification_metrics_by_holder(
+            test["label"].cpu().numpy(), predictions.cpu().numpy(), sizes, self.measures
+        )
+        rows = zip(*(values[name].tolist() for name in self.measures), strict=True)
+        return [dict(zip(self.measures, row, strict=True)) for row in rows]
 
     def split(self, table: pd.DataFrame, *, holder: str, seed: int) -> HolderTables:
         """Hold out a share of the rows, each label in proportion.

@@ -16,8 +16,9 @@ from common.errors import ConfigurationError
 from common.plan import TrainingPlan
 from common.privacy.noise import SeededRandomness
 from common.settings import plan_for
-from common.tasks.base import Examples
-from common.tasks.parameters import initial_parameters
+from common.tasks import load
+from common.tasks.base import Examples, HolderData, Task
+from common.tasks.parameters import initial_parameters, load_shared, named_shared
 from tests.tiny import FEATURES, TinyTask, table
 
 TASK = TinyTask()
@@ -226,11 +227,29 @@ class MixingTask(TinyTask):
         return super().loss(model, batch) - batch["x"].mean()
 
 
+class MixingBatchTask(TinyTask):
+    """Units relative to each other: the loss is clean, but what it sees is not."""
+
+    def batch(self, units: Examples, draws: Tensor) -> Examples:
+        return Examples({"x": units["x"] - units["x"].mean(), "y": units["y"]})
+
+
+class SwappedDrawsTask(TinyTask):
+    """A unit's noise is another unit's draw: who else is sampled changes it."""
+
+    draws = 1
+
+    def batch(self, units: Examples, draws: Tensor) -> Examples:
+        return Examples({"x": units["x"] + draws.flip(0).float(), "y": units["y"]})
+
+
 @pytest.mark.parametrize(
     ("task", "says"),
     [
         (FlatteningTask(), r"'weight' got 90 gradients for 30 units"),
         (MixingTask(), "another value when a second is in the batch"),
+        (MixingBatchTask(), "another value when a second is in the batch"),
+        (SwappedDrawsTask(), "another value when a second is in the batch"),
     ],
 )
 def test_a_task_whose_gradients_are_not_one_a_unit_is_refused(task: TinyTask, says: str) -> None:
@@ -239,6 +258,68 @@ def test_a_task_whose_gradients_are_not_one_a_unit_is_refused(task: TinyTask, sa
         Trainer(task, examples(30), CPU).train(
             make_plan(SILENT), start(), None, SeededRandomness(0), divisor=40.0
         )
+
+
+# -- a task with draws and private parameters -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop() -> tuple[Task, HolderData]:
+    task = load("recommendation")
+    return task, task.holder_data(20)["shop-03"]
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_a_users_clipped_gradient_is_of_the_shared_parameters_only(
+    shop: tuple[Task, HolderData], monkeypatch: pytest.MonkeyPatch, chunk: int | None
+) -> None:
+    """One step by brute force, a user at a time, from the trainer's own draws."""
+    task, data = shop
+    units, seed = len(data.train), 5
+    plan = plan_for(task, {"epsilon": 5.0, "rounds": 1, "local_steps": 1, "clip_norm": 0.01})
+    plan = plan.model_copy(
+        update={"privacy": plan.privacy.model_copy(update={"noise_multiplier": SILENT})}
+    )
+    begin = torch.tensor(initial_parameters(task, 3))
+    trainer = Trainer(task, data.train, CPU, seed=11)
+    if chunk:
+        monkeypatch.setattr(trainer_module, "LARGEST_GRADIENT_CHUNK", chunk * len(begin))
+    update, private = trainer.train(plan, begin, None, SeededRandomness(seed), divisor=10.0)
+
+    torch.manual_seed(11)
+    model = task.model(units)
+    load_shared(task, model, begin)
+    draws = SeededRandomness(seed).draws(units * task.draws).view(units, task.draws)
+    batch = task.batch(data.train, draws)
+    total, own = torch.zeros_like(begin), torch.zeros_like(private["users.weight"])
+    for user in range(units):
+        model.zero_grad()
+        task.loss(model, batch.take(torch.tensor([user]))).sum().backward()
+        gradient = torch.cat([p.grad.reshape(-1) for _, p in named_shared(task, model)])
+        total += gradient * min(1.0, 0.01 / float(gradient.norm()))
+        own += model.users.weight.grad
+    torch.testing.assert_close(update, -plan.learning_rate * total / 10.0, atol=1e-7, rtol=1e-4)
+    moved = model.users.weight.detach() - task.private_learning_rate * own
+    torch.testing.assert_close(private["users.weight"], moved)
+
+
+def test_every_step_has_draws_of_its_own(shop: tuple[Task, HolderData]) -> None:
+    task, data = shop
+    trainer, randomness = Trainer(task, data.train, CPU), SeededRandomness(0)
+    first, second = (trainer._sample(1.0, randomness)["negatives"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_metrics_are_the_tasks(shop: tuple[Task, HolderData]) -> None:
+    task, data = shop
+    trainer = Trainer(task, data.train, CPU, seed=1)
+    begin = torch.tensor(initial_parameters(task, 3))
+    assert set(trainer.evaluate(begin, None, data.test)) == {
+        "hr@10",
+        "ndcg@10",
+        "hr@10-full",
+        "ndcg@10-full",
+    }
 
 
 def test_a_step_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,11 @@ import torch
 from common.tasks import load
 from common.tasks.tabular import BinaryTask
 from tests.common.tasks.contract import (
+    check_batches_are_pure,
     check_losses_are_per_row,
+    check_many_holders_are_judged_as_each_alone,
     check_opacus_gives_each_rows_gradient,
+    check_predictions_are_per_unit,
 )
 
 PACKAGE = Path(__file__).parents[2] / "examples" / "diabetes_task"
@@ -94,9 +97,13 @@ def test_its_own_file_is_checked(paths: list[str], task: BinaryTask, tmp_path: P
 
 
 def test_the_contract_holds(task: BinaryTask) -> None:
-    train = next(iter(task.holder_data().values())).train
+    data = list(task.holder_data().values())
+    train = data[0].train
     check_losses_are_per_row(task, train)
     check_opacus_gives_each_rows_gradient(task, train)
+    check_batches_are_pure(task, train)
+    check_predictions_are_per_unit(task, train)
+    check_many_holders_are_judged_as_each_alone(task, [own.test for own in data])
 
 
 def test_inputs_are_about_minus_one_to_one(task: BinaryTask) -> None:

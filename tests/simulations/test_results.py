@@ -104,7 +104,7 @@ def test_a_holder_that_missed_the_evaluation_of_one_seed_counts_in_the_others() 
 class OneClass(TinyTask):
     """Holder h1 has one label only in what it holds out, so its AUC is undefined."""
 
-    def metrics(self, model: torch.nn.Module, test: Examples) -> dict[str, float]:
+    def metrics(self, predictions: torch.Tensor, test: Examples) -> dict[str, float]:
         both = test["y"].unique().numel() > 1
         return {"auc": 0.75 if both else NAN, "f1": NAN}
 

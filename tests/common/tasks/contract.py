@@ -1,13 +1,14 @@
-"""What every task on rows owes to the rest of the system, checked on any task."""
+"""What every task owes to the rest of the system, checked on any task, some of it on rows only."""
 
 import warnings
+from collections.abc import Sequence
 
 import pandas as pd
 import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from common.tasks.base import Examples
+from common.tasks.base import Examples, Task
 from common.tasks.tabular import BinaryTask
 
 PLAN_KEYS = {
@@ -26,10 +27,10 @@ PLAN_KEYS = {
 }
 
 
-def warmed(task: BinaryTask) -> nn.Module:
+def warmed(task: Task, units: int = 1) -> nn.Module:
     """A model with no parameter at zero, so that every gradient has a say."""
     torch.manual_seed(0)
-    model = task.model(1)
+    model = task.model(units)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.5, 0.5)
@@ -68,6 +69,50 @@ def check_rows_encode_alone(task: BinaryTask, table: pd.DataFrame) -> None:
     whole, part = task.examples(table), task.examples(table.iloc[2:4].reset_index(drop=True))
     for name, tensor in part.tensors.items():
         torch.testing.assert_close(tensor, whole[name][2:4])
+
+
+def check_batches_are_pure(task: Task, units: Examples) -> None:
+    """Entry i of a batch depends on unit i and its draws only, in whatever company."""
+    units = units.take(torch.arange(5))
+    draws = torch.rand(5, task.draws, dtype=torch.float64)
+    whole = task.batch(units, draws)
+    assert len(whole) == 5
+    for order in ([4, 2, 0], [3], []):
+        rows = torch.tensor(order, dtype=torch.int64)
+        part, expected = task.batch(units.take(rows), draws[rows]), whole.take(rows)
+        for name, tensor in expected.tensors.items():
+            assert torch.equal(part[name], tensor), name
+
+
+@torch.no_grad()
+def check_predictions_are_per_unit(task: Task, test: Examples) -> None:
+    """Entry i of a prediction depends on unit i only, and the model sees the units as they come."""
+    model = warmed(task, len(test))
+    test = test.take(torch.arange(5))
+    together = task.predict(model, test)
+    assert len(together) == 5
+    for order in ([4, 2, 0], [3], []):
+        rows = torch.tensor(order, dtype=torch.int64)
+        torch.testing.assert_close(task.predict(model, test.take(rows)), together[rows])
+
+
+@torch.no_grad()
+def check_many_holders_are_judged_as_each_alone(task: Task, tests: Sequence[Examples]) -> None:
+    """Predictions and metrics of many holders' units, in one tensor, are those of each holder."""
+    tests = [*tests, tests[0].take(torch.tensor([0])), tests[0].take(torch.arange(0)), tests[-1]]
+    model = warmed(task, max(len(test) for test in tests))
+    whole, sizes = Examples.concatenate(tests, task.padding), [len(test) for test in tests]
+    apart = torch.cat([task.predict(model, test) for test in tests])
+    predictions = task.predict(model, whole)
+    torch.testing.assert_close(predictions, apart)
+    together = task.metrics_by_holder(predictions, whole, sizes)
+    singly = [
+        task.metrics(own, test) for own, test in zip(predictions.split(sizes), tests, strict=True)
+    ]
+    pd.testing.assert_frame_equal(pd.DataFrame(together), pd.DataFrame(singly))
+    assert pd.DataFrame(together).isna().all(axis=1).tolist() == [not size for size in sizes]
+    evaluated = pd.DataFrame([task.evaluate(model, test) for test in tests])
+    pd.testing.assert_frame_equal(pd.DataFrame(together), evaluated)
 
 
 def check_recommended(task: BinaryTask) -> None:

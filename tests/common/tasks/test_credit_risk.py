@@ -58,6 +58,11 @@ def test_the_contract_holds(synthetic: CreditRisk) -> None:
     contract.check_losses_are_per_row(synthetic, examples)
     contract.check_opacus_gives_each_rows_gradient(synthetic, examples)
     contract.check_rows_encode_alone(synthetic, table)
+    contract.check_batches_are_pure(synthetic, examples)
+    contract.check_predictions_are_per_unit(synthetic, examples)
+    contract.check_many_holders_are_judged_as_each_alone(
+        synthetic, [synthetic.examples(own) for own in synthetic.source.tables().values()]
+    )
     contract.check_recommended(synthetic)
 
 
@@ -68,7 +73,7 @@ def test_the_model_starts_undecided_and_learns(synthetic: CreditRisk) -> None:
     torch.testing.assert_close(
         synthetic.loss(synthetic.model(1), test), torch.full((len(test),), 0.6931472)
     )
-    metrics = synthetic.metrics(contract.train(synthetic, train, steps=60), test)
+    metrics = synthetic.evaluate(contract.train(synthetic, train, steps=60), test)
     assert list(metrics) == ["auc", "ks", "brier", "accuracy", "recall", "f1"]
     assert metrics["auc"] > 0.72
 
@@ -145,6 +150,7 @@ def test_the_contract_holds_for_real_clients(shared_data: Path, name: str) -> No
     contract.check_losses_are_per_row(task, task.examples(table))
     contract.check_opacus_gives_each_rows_gradient(task, task.examples(table))
     contract.check_rows_encode_alone(task, table)
+    contract.check_predictions_are_per_unit(task, task.examples(table))
     contract.check_recommended(task)
     pd.testing.assert_frame_equal(check_table(table, task.schema, file="again"), table)
     trained = task.holder_data()

@@ -67,6 +67,11 @@ def test_the_contract_holds(breast: MedicalDiagnosis) -> None:
     contract.check_losses_are_per_row(breast, examples)
     contract.check_opacus_gives_each_rows_gradient(breast, examples)
     contract.check_rows_encode_alone(breast, table)
+    contract.check_batches_are_pure(breast, examples)
+    contract.check_predictions_are_per_unit(breast, examples)
+    contract.check_many_holders_are_judged_as_each_alone(
+        breast, [breast.examples(own) for own in breast.source.tables().values()]
+    )
     contract.check_recommended(breast)
 
 
@@ -77,7 +82,7 @@ def test_the_model_starts_undecided_and_learns(breast: MedicalDiagnosis) -> None
     torch.testing.assert_close(
         breast.loss(breast.model(1), test), torch.full((len(test),), 0.6931472)
     )
-    metrics = breast.metrics(contract.train(breast, train), test)
+    metrics = breast.evaluate(contract.train(breast, train), test)
     assert list(metrics) == ["accuracy", "auc", "f1", "recall", "brier"]
     assert metrics["auc"] > 0.97
 
@@ -199,6 +204,7 @@ def test_the_contract_holds_for_the_hospitals(shared_data: Path, preprocessing: 
     contract.check_losses_are_per_row(task, task.examples(table))
     contract.check_opacus_gives_each_rows_gradient(task, task.examples(table))
     contract.check_rows_encode_alone(task, table)
+    contract.check_predictions_are_per_unit(task, task.examples(table))
     contract.check_recommended(task)
 
 

@@ -17,6 +17,7 @@ from common.settings import plan_for
 from common.tasks import load, task_class
 from common.tasks.base import Examples, HolderData, HolderTables
 from common.tasks.recommendation import Recommendation
+from tests.common.tasks import contract
 
 ITEMS = 200
 """The catalogue of the synthetic source."""
@@ -56,6 +57,11 @@ def positives(examples: Examples, row: int) -> set[int]:
 
 def taken(table: pd.DataFrame) -> dict[int, set[int]]:
     return {user: set(table.loc[table["user"] == user, "item"]) for user in table["user"].unique()}
+
+
+def batch_of(task: Recommendation, units: Examples, rng: torch.Generator) -> Examples:
+    """A batch of all ``units``, with fresh draws."""
+    return task.batch(units, torch.rand(len(units), task.draws, generator=rng, dtype=torch.float64))
 
 
 BASKETS = st.lists(
@@ -179,7 +185,7 @@ def test_positives_are_the_users_own_and_negatives_are_not(
     task: Recommendation, shop: HolderData, rng: torch.Generator
 ) -> None:
     index = torch.tensor([4, 0, 17])
-    batch = task.batch(shop.train, index, rng)
+    batch = batch_of(task, shop.train.take(index), rng)
     assert batch["user"].tolist() == [4, 0, 17]
     for row, user in enumerate(index.tolist()):
         own = positives(shop.train, user)
@@ -193,9 +199,7 @@ def test_draws_are_uniform(task: Recommendation, rng: torch.Generator, kind: str
     """Every allowed item comes up as often as any other, within five standard deviations."""
     basket = [1, 2, 60, 130, ITEMS]
     examples = task.examples(table_of(basket, list(range(1, 40))))
-    draws = torch.cat(
-        [task.batch(examples, torch.zeros(50, dtype=torch.int64), rng)[kind] for _ in range(40)]
-    )
+    draws = batch_of(task, examples.take(torch.zeros(2_000, dtype=torch.int64)), rng)[kind]
     own = {item - 1 for item in basket}
     allowed = sorted(own if kind == "positives" else set(range(ITEMS)) - own)
     seen = torch.bincount(draws.flatten(), minlength=ITEMS)
@@ -204,13 +208,35 @@ def test_draws_are_uniform(task: Recommendation, rng: torch.Generator, kind: str
     assert (seen[allowed] - expected).abs().max() < 5 * expected**0.5
 
 
-def test_a_batch_depends_on_the_generator_alone(task: Recommendation, shop: HolderData) -> None:
-    def draw(seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return task.batch(shop.train, torch.arange(5), generator)["negatives"]
+@pytest.mark.parametrize("draw", [0.0, 1.0 - 2.0**-53])
+def test_the_extreme_draws_stay_within_the_users_items(task: Recommendation, draw: float) -> None:
+    units = task.examples(table_of([1, 2, ITEMS], [7]))
+    batch = task.batch(units, torch.full((2, task.draws), draw, dtype=torch.float64))
+    first = draw == 0.0
+    assert batch["positives"][:, 0].tolist() == ([0, 6] if first else [ITEMS - 1, 6])
+    assert batch["negatives"][:, 0].tolist() == ([2, 0] if first else [ITEMS - 2, ITEMS - 1])
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+
+def test_the_contract_holds(task: Recommendation) -> None:
+    shops = list(task.holder_data(40).values())
+    contract.check_batches_are_pure(task, shops[0].train)
+    contract.check_predictions_are_per_unit(task, shops[0].test)
+    contract.check_many_holders_are_judged_as_each_alone(task, [shop.test for shop in shops])
+
+
+def test_shops_whose_users_took_different_numbers_of_items_fit_in_one_tensor(
+    task: Recommendation, rng: torch.Generator
+) -> None:
+    narrow, wide = task.examples(table_of([30, 10])), task.examples(table_of([5], [7, 8, 9]))
+    both = Examples.concatenate([narrow, wide], task.padding)
+    assert both["items"].tolist() == [
+        [9, 29, ITEMS],
+        [4, ITEMS, ITEMS],
+        [6, 7, 8],
+    ]
+    draws = torch.rand(3, task.draws, generator=rng, dtype=torch.float64)
+    for name, tensor in task.batch(narrow, draws[:1]).tensors.items():
+        assert torch.equal(task.batch(both, draws)[name][:1], tensor), name
 
 
 # ----------------------------------------------------------------------- loss and gradients
@@ -227,7 +253,7 @@ def test_changing_one_user_changes_one_loss(
     task: Recommendation, shop: HolderData, rng: torch.Generator
 ) -> None:
     model = task.model(len(shop.train))
-    batch = task.batch(shop.train, torch.arange(6), rng)
+    batch = batch_of(task, shop.train.take(torch.arange(6)), rng)
     before = task.loss(model, batch)
     changed = dict(batch.tensors)
     for name in ("positives", "negatives"):
@@ -238,11 +264,23 @@ def test_changing_one_user_changes_one_loss(
     assert (before != after).tolist() == [False, False, False, True, False, False]
 
 
-def per_unit_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """What Opacus left: [B, …] of each parameter."""
+def hooked(task: Recommendation, model: nn.Module) -> GradSampleModule:
+    """The model under Opacus as the Trainer has it: private parameters are hidden from it."""
+    private = [model.get_parameter(name) for name in task.private_parameters]
+    for parameter in private:
+        parameter.requires_grad_(False)
+    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+    for parameter in private:
+        parameter.requires_grad_(True)
+    return wrapped
+
+
+def per_unit_gradients(task: Recommendation, model: nn.Module) -> dict[str, Tensor]:
+    """What Opacus left: [B, …] of each shared parameter."""
     return {
         name: parameter.grad_sample  # type: ignore[attr-defined]
         for name, parameter in model.named_parameters()
+        if name not in task.private_parameters
     }
 
 
@@ -252,16 +290,18 @@ def test_each_user_has_one_gradient_and_together_they_are_the_batchs(
 ) -> None:
     """What Opacus clips for each user is that user's whole gradient of the shared parameters."""
     model = task.model(len(shop.train))
-    batch = task.batch(shop.train, torch.arange(6), rng)
-    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+    batch = batch_of(task, shop.train.take(torch.arange(6)), rng)
+    wrapped = hooked(task, model)
     task.loss(wrapped, batch).sum().backward()  # type: ignore[no-untyped-call]
-    samples = per_unit_gradients(model)
+    samples, private = per_unit_gradients(task, model), model.users.weight.grad.clone()
+    assert not hasattr(model.users.weight, "grad_sample")
     wrapped.disable_hooks()
     for user in range(6):
         model.zero_grad()
         task.loss(model, batch.take(torch.tensor([user]))).sum().backward()  # type: ignore[no-untyped-call]
         for name, gradient in shared_gradients(task, model):
             torch.testing.assert_close(samples[name][user], gradient)
+        torch.testing.assert_close(private[user], model.users.weight.grad[user])
 
 
 @OPACUS_WARNS
@@ -269,11 +309,11 @@ def test_an_empty_batch_is_an_ordinary_one(
     task: Recommendation, shop: HolderData, rng: torch.Generator
 ) -> None:
     model = task.model(len(shop.train))
-    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum")
-    losses = task.loss(wrapped, task.batch(shop.train, torch.zeros(0, dtype=torch.int64), rng))
+    nobody = shop.train.take(torch.zeros(0, dtype=torch.int64))
+    losses = task.loss(hooked(task, model), batch_of(task, nobody, rng))
     assert losses.shape == (0,)
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    for name, gradients in per_unit_gradients(model).items():
+    for name, gradients in per_unit_gradients(task, model).items():
         assert gradients.shape == (0, *model.get_parameter(name).shape), name
 
 
@@ -303,7 +343,7 @@ def train(task: Recommendation, data: HolderData, steps: int) -> nn.Module:
     model = task.model(len(data.train))
     for _ in range(steps):
         model.zero_grad()
-        batch = task.batch(data.train, torch.arange(len(data.train)), rng)
+        batch = batch_of(task, data.train, rng)
         task.loss(model, batch).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -330,8 +370,8 @@ def test_a_learned_model_clearly_beats_popularity_on_the_synthetic_source(
     task: Recommendation,
 ) -> None:
     (data,) = task.holder_data(1).values()
-    learned = task.metrics(train(task, data, 150), data.test)
-    popular = task.metrics(Popularity(data.train), data.test)
+    learned = task.evaluate(train(task, data, 150), data.test)
+    popular = task.evaluate(Popularity(data.train), data.test)
     for metric in learned:
         assert learned[metric] > 1.5 * popular[metric], metric
     assert popular["hr@10"] > 0.1
@@ -341,7 +381,7 @@ def test_one_user_per_holder_trains_and_is_measured(task: Recommendation) -> Non
     holders = task.holder_data(300)
     data = holders["shop-042"]
     assert len(data.train) == len(data.test) == 1
-    metrics = task.metrics(train(task, data, 3), data.test)
+    metrics = task.evaluate(train(task, data, 3), data.test)
     assert all(0.0 <= value <= 1.0 for value in metrics.values())
 
 
@@ -361,7 +401,7 @@ class Fixed(nn.Module):
 
 
 def test_a_constant_model_scores_as_a_guess(task: Recommendation, shop: HolderData) -> None:
-    metrics = task.metrics(Fixed(torch.zeros(ITEMS)), shop.test)
+    metrics = task.evaluate(Fixed(torch.zeros(ITEMS)), shop.test)
     assert metrics["hr@10"] == pytest.approx(0.1)
     assert 0.05 < metrics["hr@10-full"] < 0.07  # 10 of about 175 items that were not taken
 
@@ -369,9 +409,9 @@ def test_a_constant_model_scores_as_a_guess(task: Recommendation, shop: HolderDa
 def test_full_ranking_leaves_training_positives_out(task: Recommendation) -> None:
     """The user took items 1 to 12; item 12 is held out and only 1 to 11 score higher."""
     data = task.prepare(task.split(table_of(list(range(1, 13))), holder="shop", seed=0))
-    metrics = task.metrics(Fixed(-torch.arange(float(ITEMS))), data.test)
+    metrics = task.evaluate(Fixed(-torch.arange(float(ITEMS))), data.test)
     assert metrics == {"hr@10": 1.0, "ndcg@10": 1.0, "hr@10-full": 1.0, "ndcg@10-full": 1.0}
-    worst = task.metrics(Fixed(torch.arange(float(ITEMS))), data.test)
+    worst = task.evaluate(Fixed(torch.arange(float(ITEMS))), data.test)
     assert set(worst.values()) == {0.0}
 
 
@@ -387,22 +427,22 @@ def test_sampled_and_full_ranking_agree_with_sorting(
         for name, competing in (("hr@10", sampled), ("hr@10-full", full)):
             best = sorted(competing, key=lambda item: -float(scores[item]))[:10]
             hits[name] += held_out in best
-    metrics = task.metrics(Fixed(scores), shop.test)
+    metrics = task.evaluate(Fixed(scores), shop.test)
     for name, count in hits.items():
         assert metrics[name] == pytest.approx(count / len(shop.test))
 
 
 def test_metrics_of_nobody_are_nan(task: Recommendation, shop: HolderData) -> None:
     nobody = shop.test.take(torch.zeros(0, dtype=torch.int64))
-    metrics = task.metrics(Fixed(torch.zeros(ITEMS)), nobody)
+    metrics = task.evaluate(Fixed(torch.zeros(ITEMS)), nobody)
     assert all(np.isnan(value) for value in metrics.values())
 
 
 def test_metrics_do_not_depend_on_how_users_are_chunked(task: Recommendation) -> None:
     (data,) = task.holder_data(1).values()
     model = task.model(len(data.train))
-    whole = task.metrics(model, data.test)
-    parts = [task.metrics(model, data.test.take(chunk)) for chunk in torch.arange(300).chunk(3)]
+    whole = task.evaluate(model, data.test)
+    parts = [task.evaluate(model, data.test.take(chunk)) for chunk in torch.arange(300).chunk(3)]
     for name, value in whole.items():
         assert value == pytest.approx(np.mean([part[name] for part in parts]))
 
