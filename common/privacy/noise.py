@@ -9,11 +9,12 @@ repeated; whoever knows the parts can subtract the noise, so reports of simulati
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +25,40 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from torch import Tensor
 
 from common.errors import ConfigurationError
-from common.tasks.base import derived_seed
 
-__all__ = ["OsRandomness", "Randomness", "SeededRandomness", "poisson_sample"]
+__all__ = [
+    "DRAWS",
+    "NOISE",
+    "SAMPLING",
+    "KeyStream",
+    "OsRandomness",
+    "Randomness",
+    "SeededRandomness",
+    "poisson_sample",
+    "simulation_key",
+    "standard_normal",
+    "unit_interval",
+]
 
 BLOCK = 2**15
 """Normal draws made at a time: their 1 MB of key stream stays in the cache."""
 
-DRAWS = 4
+GAUSSIANS = 4
 """Gaussians summed into one, as in Opacus' secure mode; see :meth:`OsRandomness.normal`."""
 
+SAMPLING, NOISE, DRAWS = 0, 1, 2
+"""The streams of a key."""
+
+PART = 2**17
+"""Normal draws of a simulation made at a time: what they need stays in the cache."""
+
 _CPU = torch.device("cpu")
-_ZEROS = bytes(8 * DRAWS * BLOCK)
+_MIDDLE = torch.tensor(0.5 + 2.0**-24)
+_ZEROS = memoryview(bytes(8 * GAUSSIANS * BLOCK))
 
 
 class Randomness(Protocol):
-    """A source of noise, samples and seeds."""
+    """A source of noise, samples and a task's own draws."""
 
     @property
     def predictable(self) -> bool:
@@ -68,10 +87,10 @@ class Randomness(Protocol):
         """``n`` independent draws from [0, 1) with 53 bits: [n] float64 on the CPU."""
         ...
 
-    def generator(self) -> torch.Generator:
-        """A fresh generator on the CPU, for a task's own draws (negatives, augmentation).
+    def draws(self, n: int) -> Tensor:
+        """As :meth:`uniform`, for a task's own draws (negatives, augmentation).
 
-        Not for noise or sampling: torch's generators can be predicted from their output.
+        A stream of its own, so that what a task draws does not move who is sampled.
         """
         ...
 
@@ -112,23 +131,23 @@ class OsRandomness:
 
     def uniform(self, n: int) -> Tensor:
         """``n`` draws from [0, 1): [n] float64; see :class:`Randomness`."""
-        parts = [self._bits(size).astype(np.float64) for size in _sizes(n, DRAWS * BLOCK)]
+        parts = [self._bits(size).astype(np.float64) for size in _sizes(n, GAUSSIANS * BLOCK)]
         return torch.from_numpy(np.concatenate([np.empty(0), *parts]) * 2.0**-53)
 
-    def generator(self) -> torch.Generator:
-        """A generator seeded from the stream; see :class:`Randomness`."""
-        return torch.Generator().manual_seed(int(self._bits(1)[0]))
+    def draws(self, n: int) -> Tensor:
+        """``n`` draws from [0, 1), as :meth:`uniform` gives them; see :class:`Randomness`."""
+        return self.uniform(n)
 
     def _standard_normal(self, n: int) -> Tensor:
         """[n] float64 from N(0, 1), by Box–Muller: (r cos θ, r sin θ) with r = √(−2 ln u)."""
-        uniforms = self._bits(DRAWS * n).astype(np.float64)
+        uniforms = self._bits(GAUSSIANS * n).astype(np.float64)
         uniforms += 1.0  # (0, 1], so that the logarithm is finite
         uniforms *= 2.0**-53
-        half = DRAWS // 2 * n
+        half = GAUSSIANS // 2 * n
         radius = torch.from_numpy(uniforms[:half]).log_().mul_(-2.0).sqrt_()
         angle = torch.from_numpy(uniforms[half:]).mul_(2.0 * math.pi)
         pairs = (radius * angle.cos()).add_(radius * angle.sin())
-        return pairs[:n].add_(pairs[n:]).div_(math.sqrt(DRAWS))
+        return pairs[:n].add_(pairs[n:]).div_(math.sqrt(GAUSSIANS))
 
     def _bits(self, n: int) -> npt.NDArray[np.uint64]:
         """[n] whole numbers below 2^53, n ≤ 4·BLOCK."""
@@ -148,8 +167,49 @@ class OsRandomness:
         )
 
 
+class KeyStream:
+    """The key stream of AES-256 in counter mode: as many bytes as asked, the same on every machine.
+
+    For simulations: who knows the key knows the stream. Not to be shared by threads.
+
+    Args:
+        key: 32 bytes.
+        stream: which of the key's 2^64 streams; the upper half of the counter block.
+    """
+
+    def __init__(self, key: bytes, stream: int) -> None:
+        start = stream.to_bytes(8, "big") + bytes(8)
+        self._encryptor = Cipher(AES256(key), CTR(start)).encryptor()
+
+    def fill(self, buffer: memoryview | bytearray) -> None:
+        """Overwrite ``buffer``, which is contiguous, with the stream's next bytes."""
+        if len(buffer) <= len(_ZEROS):
+            self._encryptor.update_into(_ZEROS[: len(buffer)], buffer)
+            return
+        view = memoryview(buffer)
+        for start in range(0, len(view), len(_ZEROS)):
+            self.fill(view[start : start + len(_ZEROS)])
+
+
+def simulation_key(*parts: object) -> bytes:
+    """The key of a simulated holder's streams: 32 bytes, the same on every machine.
+
+    Args:
+        *parts: ints and strings that name the streams, the holder's name and the round among them.
+    """
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
 class SeededRandomness:
     """Repeatable randomness for simulations: the same parts, the same draws, on every machine.
+
+    Sampling, noise and a task's own draws come from three key streams, so that none moves another.
+    Successive calls go on where the last one stopped. Uniforms follow each other: n and then k are
+    the same numbers as n + k. Normals do not, since a call lays its pairs out by its own n; see
+    :func:`standard_normal`. The last bit of a normal may differ between kinds of processor, whose
+    logarithms and cosines do.
+
+    Not to be shared by threads.
 
     Args:
         *parts: ints and strings that name the stream, the holder's name and the round among them.
@@ -158,7 +218,15 @@ class SeededRandomness:
     predictable = True
 
     def __init__(self, *parts: object) -> None:
-        self._generator = torch.Generator().manual_seed(derived_seed(*parts))
+        self._key = simulation_key(*parts)
+        self._streams: dict[int, KeyStream] = {}
+
+    @classmethod
+    def of_key(cls, key: bytes) -> Self:
+        """The randomness of a key of 32 bytes, see :func:`simulation_key`."""
+        randomness = cls()
+        randomness._key = key
+        return randomness
 
     def normal(
         self,
@@ -169,17 +237,84 @@ class SeededRandomness:
         device: torch.device = _CPU,
     ) -> Tensor:
         """Independent draws from N(0, std²), the same on every device; see :class:`Randomness`."""
-        noise = torch.randn(tuple(shape), generator=self._generator, dtype=dtype)
-        return noise.mul_(std).to(device)
+        n = math.prod(shape)
+        words = self._words(NOISE, n + n % 2, torch.int32)
+        noise = standard_normal(words, out=words.view(torch.float32))[:n]
+        return noise.to(dtype).mul_(std).view(tuple(shape)).to(device)
 
     def uniform(self, n: int) -> Tensor:
         """``n`` draws from [0, 1): [n] float64; see :class:`Randomness`."""
-        return torch.rand(n, generator=self._generator, dtype=torch.float64)
+        return unit_interval(self._words(SAMPLING, n, torch.int64))
 
-    def generator(self) -> torch.Generator:
-        """A generator seeded from the stream; see :class:`Randomness`."""
-        seed = torch.randint(2**62, (1,), generator=self._generator)
-        return torch.Generator().manual_seed(int(seed))
+    def draws(self, n: int) -> Tensor:
+        """``n`` draws from [0, 1): [n] float64; see :class:`Randomness`."""
+        return unit_interval(self._words(DRAWS, n, torch.int64))
+
+    def _words(self, stream: int, n: int, dtype: torch.dtype) -> Tensor:
+        """[n] words of a stream."""
+        words = torch.empty(n, dtype=dtype)
+        if stream not in self._streams:
+            self._streams[stream] = KeyStream(self._key, stream)
+        self._streams[stream].fill(words.numpy().data.cast("B") if n else bytearray())
+        return words
+
+
+def unit_interval(words: Tensor) -> Tensor:
+    """Words of 64 random bits as uniforms in [0, 1): the upper 53 bits, times 2^-53.
+
+    Args:
+        words: int64, of any shape, on any device.
+
+    Returns:
+        float64, of the same shape.
+    """
+    # torch shifts the sign in; the mask makes the shift a logical one.
+    return (words >> 11).bitwise_and_(2**53 - 1).double().mul_(2.0**-53)
+
+
+def standard_normal(words: Tensor, out: Tensor | None = None) -> Tensor:
+    """Random words as draws from N(0, 1), by Box–Muller: (r cos θ, r sin θ) with r = √(−2 ln u).
+
+    Box & Muller 1958, "A note on the generation of random normal deviates". Each row of 2m words
+    by itself: words 0 to m−1 give the radii, from the upper 24 bits, u = (⌊word / 2^8⌋ + 2^23 + 1)
+    · 2^-24 in (0, 1], each exact in float32; words m to 2m−1 give the angles, word · 2π / 2^32. The
+    row's draws are the m cosines and then the m sines. No draw is beyond √(48 ln 2) ≈ 5.8.
+
+    Args:
+        words: [..., 2m] int32, contiguous, on any device.
+        out: for the result, contiguous; the words' own memory (``words.view(torch.float32)``) will
+            do.
+
+    Returns:
+        [..., 2m] float32.
+    """
+    if out is None:
+        out = torch.empty_like(words, dtype=torch.float32)
+    half = words.shape[-1] // 2
+    shape = (math.prod(words.shape[:-1]), 2, half)
+    pairs, draws = words.view(shape), out.view(shape)
+    for part in _parts(shape[0], half, PART if words.device.type == "cpu" else words.numel()):
+        _box_muller(pairs[part], draws[part])
+    return out
+
+
+def _parts(rows: int, half: int, most: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of [rows, 2, half] that are of about ``most`` numbers: rows, or pieces of one row."""
+    columns = max(1, min(half, most // 2))
+    height = max(1, most // (2 * columns))
+    for row in range(0, rows, height):
+        for column in range(0, half, columns):
+            yield slice(row, row + height), slice(None), slice(column, column + columns)
+
+
+def _box_muller(words: Tensor, out: Tensor) -> None:
+    """Normal draws from words, both [R, 2, p]; see :func:`standard_normal`."""
+    # Every intermediate below has at most 24 bits, so float32 holds u exactly.
+    u = torch.add(_MIDDLE, (words[:, 0] >> 8).float(), alpha=2.0**-24)
+    radius = u.log_().mul_(-2.0).sqrt_()
+    angle = words[:, 1] * (2.0 * math.pi / 2**32)
+    torch.cos(angle, out=out[:, 0]).mul_(radius)
+    torch.sin(angle, out=out[:, 1]).mul_(radius)
 
 
 def poisson_sample(n: int, sampling_rate: float, randomness: Randomness) -> Tensor:

@@ -7,6 +7,7 @@ shared by every engine.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -31,23 +32,23 @@ def unit_norms(grad_samples: Sequence[Tensor]) -> Tensor:
     return norms
 
 
-def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+def clip_factors(norms: Tensor, clip_norm: float | Tensor) -> Tensor:
     """What to scale each unit's gradient by: min(1, C/norm), and 0 where the norm is not finite.
 
     A norm of zero gives 1. A norm that is NaN or infinite would otherwise pass (``min(1, nan)``)
     or be scaled to NaN; such a unit adds nothing, which moves the sum by no more than C.
 
     Args:
-        norms: [B].
-        clip_norm: C, positive.
+        norms: [B], or [H, B] of several models.
+        clip_norm: C, positive; [H, 1] of several models, whose plans have checked it.
 
     Returns:
-        [B], in [0, 1].
+        As ``norms``, in [0, 1].
     """
-    if not clip_norm > 0:
+    if not isinstance(clip_norm, Tensor) and not clip_norm > 0:
         raise ConfigurationError(f"clip_norm must be positive, got {clip_norm!r}")
-    factors = clip_norm / norms.clamp(min=clip_norm)
-    return torch.where(norms.isfinite(), factors, 0.0)
+    bound = torch.as_tensor(clip_norm, dtype=norms.dtype, device=norms.device)
+    return torch.where(norms.isfinite(), bound / torch.maximum(norms, bound), 0.0)
 
 
 def clipped_sum(grad_samples: Sequence[Tensor], clip_norm: float) -> list[Tensor]:
@@ -80,8 +81,11 @@ def noisy_mean(
 ) -> list[Tensor]:
     """(sum + N(0, (σC)²)) / expected batch size: the noise is scaled to the sum, then divided.
 
+    The noise is drawn as one flat vector over all parameters, in order, so that an engine that
+    keeps them flat uses a seeded stream up in the same way.
+
     Args:
-        sums: clipped sums, one tensor per parameter.
+        sums: clipped sums, one tensor per parameter; at least one.
         noise_multiplier: σ ≥ 0; 0 adds none, for plans without a guarantee.
         clip_norm: C, as the sums were clipped.
         expected_batch_size: a public constant, positive; never the number of units drawn.
@@ -94,12 +98,8 @@ def noisy_mean(
         raise ConfigurationError(
             f"expected_batch_size must be positive, got {expected_batch_size!r}"
         )
-    std = noise_multiplier * clip_norm
-    return [
-        (total + randomness.normal(total.shape, std=std, dtype=total.dtype, device=total.device))
-        / expected_batch_size
-        for total in sums
-    ]
+    noise = _like_each(sums, randomness, noise_multiplier * clip_norm)
+    return [(total + part) / expected_batch_size for total, part in zip(sums, noise, strict=True)]
 
 
 def check_model(model: nn.Module) -> None:
@@ -117,6 +117,18 @@ def check_model(model: nn.Module) -> None:
                 "a batch, so that one unit's contribution cannot be bounded; use GroupNorm or "
                 "LayerNorm"
             )
+
+
+def _like_each(sums: Sequence[Tensor], randomness: Randomness, std: float) -> list[Tensor]:
+    """Draws from N(0, std²) in the shapes, types and places of ``sums``, drawn as one vector."""
+    # In the widest type, so that no parameter's noise is coarser than its sum.
+    dtype = functools.reduce(torch.promote_types, (total.dtype for total in sums))
+    sizes = [total.numel() for total in sums]
+    flat = randomness.normal((sum(sizes),), std=std, dtype=dtype, device=sums[0].device)
+    return [
+        part.view(total.shape).to(total)
+        for part, total in zip(torch.split(flat, sizes), sums, strict=True)
+    ]
 
 
 def _rows(grad: Tensor) -> Tensor:

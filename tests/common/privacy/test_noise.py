@@ -5,6 +5,8 @@ that a false alarm is out of the question, and enough draws that what must be re
 """
 
 import copy
+import hashlib
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -13,19 +15,33 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import ECB
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from common.errors import ConfigurationError
+from common.privacy import noise
 from common.privacy.noise import (
     BLOCK,
+    NOISE,
+    SAMPLING,
+    KeyStream,
     OsRandomness,
     Randomness,
     SeededRandomness,
     poisson_sample,
+    simulation_key,
+    standard_normal,
+    unit_interval,
 )
+from common.privacy.noise import DRAWS as DRAWS_STREAM
 
 LEVEL = 1e-9
 DRAWS = 40_000
+STREAMS = (SAMPLING, NOISE, DRAWS_STREAM)
 
 sources = pytest.mark.parametrize(
     "source",
@@ -89,10 +105,12 @@ def test_draws_are_independent_of_their_neighbours(source: Source) -> None:
 def test_shape_and_type_are_as_asked(
     source: Source, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    noise = source().normal(shape, std=1.0, dtype=dtype)
+    randomness = source()
+    noise = randomness.normal(shape, std=1.0, dtype=dtype)
     assert noise.shape == shape
     assert noise.dtype == dtype
-    if dtype == torch.float64:  # float32 has few enough numbers for draws to meet by chance
+    # float32 has few enough numbers for draws to meet by chance, and seeded ones are made in it.
+    if dtype == torch.float64 and not randomness.predictable:
         assert len(set(noise.flatten().tolist())) == noise.numel()
 
 
@@ -102,14 +120,19 @@ def test_no_noise_is_exactly_none(source: Source) -> None:
 
 
 @sources
-def test_uniforms_fill_the_unit_interval(source: Source) -> None:
-    draws = source().uniform(DRAWS)
+@pytest.mark.parametrize("stream", ["uniform", "draws"])
+def test_uniforms_fill_the_unit_interval(source: Source, stream: str) -> None:
+    randomness = source()
+    uniform = randomness.uniform if stream == "uniform" else randomness.draws
+    draws = uniform(DRAWS)
     assert draws.dtype == torch.float64
     assert float(draws.min()) >= 0.0
     assert float(draws.max()) < 1.0
     assert stats.kstest(draws.numpy(), "uniform").pvalue > LEVEL
     assert stats.kstest((draws.numpy() * 1024) % 1, "uniform").pvalue > LEVEL  # the lower bits
-    assert len(source().uniform(5 * BLOCK)) == 5 * BLOCK
+    assert stats.kstest(draws.numpy() ** 1.1, "uniform").pvalue < LEVEL
+    assert len(uniform(5 * BLOCK)) == 5 * BLOCK
+    assert len(uniform(0)) == 0
 
 
 # -- streams ---------------------------------------------------------------------------------
@@ -158,16 +181,138 @@ def test_sources_say_whether_they_can_be_predicted() -> None:
     assert not OsRandomness().predictable
 
 
-@sources
-def test_generators_are_fresh(source: Source) -> None:
-    randomness = source()
-    first, second = randomness.generator(), randomness.generator()
-    assert first.initial_seed() != second.initial_seed()
+def test_sampling_noise_and_draws_do_not_move_each_other() -> None:
+    alone = SeededRandomness("a")
+    noise = alone.normal((50,), std=1.0)
+    mixed = SeededRandomness("a")
+    mixed.uniform(3)
+    mixed.draws(4)
+    assert torch.equal(mixed.normal((50,), std=1.0), noise)
+    assert torch.equal(mixed.draws(3), SeededRandomness("a").draws(7)[4:])
+    assert torch.equal(mixed.uniform(3), SeededRandomness("a").uniform(6)[3:])
 
 
-def test_a_seeded_generator_repeats() -> None:
-    seeds = [SeededRandomness("a").generator().initial_seed() for _ in range(2)]
-    assert seeds[0] == seeds[1]
+def test_a_seeded_sources_streams_are_independent() -> None:
+    source = SeededRandomness("streams")
+    words = [source._words(stream, DRAWS, torch.int32).double() for stream in STREAMS]
+    other = SeededRandomness("streams", "other")
+    words += [other._words(stream, DRAWS, torch.int32).double() for stream in STREAMS]
+    correlations = np.corrcoef(torch.stack(words).numpy())[np.triu_indices(6, 1)]
+    bound = float(stats.norm.isf(LEVEL / 2)) / np.sqrt(DRAWS)
+    assert np.abs(correlations).max() < bound
+    assert np.corrcoef(words[0], words[0])[0, 1] > bound
+
+
+def test_successive_calls_go_on_where_the_last_stopped() -> None:
+    source = SeededRandomness("calls")
+    parts = [source.uniform(n) for n in (3, 0, 1, 5)]
+    assert torch.equal(torch.cat(parts), SeededRandomness("calls").uniform(9))
+    source = SeededRandomness("calls")
+    noise = [source.normal((n,), std=1.0) for n in (4, 3, 5)]
+    words = SeededRandomness("calls")._words(NOISE, 4 + 4 + 6, torch.int32)
+    expected = [standard_normal(part) for part in words.split([4, 4, 6])]
+    assert torch.equal(torch.cat(noise), torch.cat([expected[0], expected[1][:3], expected[2][:5]]))
+
+
+def test_a_source_can_be_made_from_its_key() -> None:
+    key = simulation_key(0, "clinic-a", 3)
+    assert len(key) == 32
+    assert key == hashlib.sha256(b"(0, 'clinic-a', 3)").digest()
+    of_key, of_parts = SeededRandomness.of_key(key), SeededRandomness(0, "clinic-a", 3)
+    for _ in range(2):
+        assert torch.equal(of_key.normal((9,), std=2.0), of_parts.normal((9,), std=2.0))
+        assert torch.equal(of_key.draws(9), of_parts.draws(9))
+
+
+# -- key streams and what is made of them ----------------------------------------------------
+
+# Known answer of AES-256 for a block of zeros under a key of zeros, as in CAVP's vectors (NIST).
+ZEROS_ENCRYPTED = bytes.fromhex("dc95c078a2408989ad48a21492842087")
+
+
+def stream_of(key: bytes, stream: int, n: int) -> bytes:
+    buffer = bytearray(n)
+    KeyStream(key, stream).fill(buffer)
+    return bytes(buffer)
+
+
+def test_a_key_stream_is_aes_in_counter_mode() -> None:
+    assert stream_of(bytes(32), 0, 16) == ZEROS_ENCRYPTED
+    key = bytes(range(32))
+    for stream in (*STREAMS, 2**64 - 1):
+        counters = b"".join(stream.to_bytes(8, "big") + i.to_bytes(8, "big") for i in range(5))
+        expected = Cipher(AES256(key), ECB()).encryptor().update(counters)
+        assert stream_of(key, stream, 75) == expected[:75]
+
+
+@given(st.lists(st.integers(0, 70), max_size=8))
+def test_a_key_stream_goes_on_through_parts(sizes: list[int]) -> None:
+    whole, stream = stream_of(b"k" * 32, NOISE, sum(sizes)), KeyStream(b"k" * 32, NOISE)
+    buffer = memoryview(bytearray(b"x" * sum(sizes)))
+    start = 0
+    for size in sizes:
+        stream.fill(buffer[start : start + size])
+        start += size
+    assert bytes(buffer) == whole
+
+
+def test_a_key_stream_is_as_long_as_asked() -> None:
+    """Longer than the zeros that are encrypted at a time."""
+    n = 2 * len(noise._ZEROS) + 5
+    long = stream_of(bytes(32), DRAWS_STREAM, n)
+    counters = (n - 1) // 16
+    last = Cipher(AES256(bytes(32)), ECB()).encryptor()
+    block = last.update(DRAWS_STREAM.to_bytes(8, "big") + counters.to_bytes(8, "big"))
+    assert long[16 * counters :] == block[: n - 16 * counters]
+
+
+def test_normals_are_box_muller_of_the_words() -> None:
+    words = SeededRandomness("words")._words(NOISE, 20_000, torch.int32)
+    radii, angles = words.double().numpy().reshape(2, -1)
+    r = np.sqrt(-2 * np.log((np.floor(radii / 256) + 2**23 + 1) / 2**24))
+    angle = angles * 2 * np.pi / 2**32
+    expected = np.concatenate([r * np.cos(angle), r * np.sin(angle)])
+    # float32 has 2^-23 of the angle and of the result; near u = 1 also of log u.
+    np.testing.assert_allclose(standard_normal(words), expected, rtol=0, atol=3e-6)
+
+
+EXTREMES = [0, -1, -(2**31), 2**31 - 1, 255, 256, -256]
+
+
+def test_extreme_words_give_finite_normals() -> None:
+    radius, angle = torch.cartesian_prod(*[torch.tensor(EXTREMES, dtype=torch.int32)] * 2).T
+    draws = standard_normal(torch.cat([radius, angle]))
+    assert draws.isfinite().all()
+    assert float(draws.abs().max()) == pytest.approx(math.sqrt(48 * math.log(2)))
+    # The greatest word gives u = 1, so r = 0.
+    assert not draws.view(2, -1)[:, radius == 2**31 - 1].any()
+
+
+def test_extreme_words_give_uniforms_below_one() -> None:
+    words = torch.tensor([0, 2047, 2048, 2**63 - 1, -(2**63), -1])
+    uniforms = [0.0, 0.0, 2.0**-53, 0.5 - 2.0**-53, 0.5, 1.0 - 2.0**-53]
+    assert unit_interval(words).tolist() == uniforms
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=2), st.integers(0, 30), st.integers(1, 40), st.booleans()
+)
+def test_normals_do_not_depend_on_the_size_of_parts(
+    leading: list[int], half: int, part: int, in_place: bool
+) -> None:
+    words = SeededRandomness("parts")._words(NOISE, math.prod(leading) * 2 * half, torch.int32)
+    words = words.view(*leading, 2 * half)
+    with pytest.MonkeyPatch.context() as patch:
+        whole = standard_normal(words)
+        patch.setattr(noise, "PART", part)
+        out = words.clone().view(torch.float32) if in_place else None
+        source = words if out is None else out.view(torch.int32)
+        parts = standard_normal(source, out=out)
+    assert parts.shape == words.shape
+    assert torch.equal(parts, whole)
+    if words.numel():
+        rows = [standard_normal(row) for row in words.view(-1, 2 * half)]
+        assert torch.equal(torch.cat(rows), whole.flatten())
 
 
 # -- Poisson sampling ------------------------------------------------------------------------

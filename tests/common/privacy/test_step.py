@@ -8,7 +8,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.privacy.noise import SeededRandomness
+from common.privacy.noise import OsRandomness, SeededRandomness
 from common.privacy.step import check_model, clip_factors, clipped_sum, noisy_mean
 
 C = 0.7
@@ -131,6 +131,32 @@ def test_parameters_have_independent_noise() -> None:
         randomness=SeededRandomness(0),
     )
     assert not torch.equal(first, second)
+
+
+def test_noise_is_one_vector_over_all_parameters_in_order() -> None:
+    shapes = [(3, 2), (), (0, 4), (5,)]
+    parts = noisy_mean(
+        [torch.zeros(shape) for shape in shapes],
+        noise_multiplier=2.0,
+        clip_norm=C,
+        expected_batch_size=4.0,
+        randomness=SeededRandomness("flat"),
+    )
+    assert [part.shape for part in parts] == shapes
+    vector = SeededRandomness("flat").normal((12,), std=2.0 * C) / 4.0
+    assert torch.equal(flat(parts), vector)
+
+
+def test_noise_has_each_sums_type() -> None:
+    parts = noisy_mean(
+        [torch.zeros(2), torch.zeros(2, dtype=torch.float64)],
+        noise_multiplier=1.0,
+        clip_norm=C,
+        expected_batch_size=1.0,
+        randomness=OsRandomness(),
+    )
+    assert [part.dtype for part in parts] == [torch.float32, torch.float64]
+    assert not torch.equal(parts[1], parts[1].float().double())  # drawn in the wider type
 
 
 @pytest.mark.parametrize("batch", [0.0, -1.0, math.nan])
