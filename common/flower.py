@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from uuid import uuid4
 
 from flwr.app import Error, Message, RecordDict
@@ -123,6 +123,19 @@ class BaseGrid(Grid):
     @abstractmethod
     def holder_name(self, node_id: int) -> str:
         """The name of the holder behind a node id, for logs, tables and summaries."""
+
+    def answered_by(self, reply: Message) -> Sequence[int]:
+        """Node ids of the holders that a reply speaks for: one, unless this Grid sums updates.
+
+        Only the Grid can say so; nothing that a holder writes into a reply counts.
+        """
+        return [reply.metadata.src_node_id]
+
+    def individually(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """:meth:`send_and_receive`, with a reply from each holder even if this Grid sums."""
+        return self.send_and_receive(messages, timeout=timeout)
 
     def away(self) -> list[str]:
         """Names of holders that joined before and cannot be asked now."""

@@ -22,7 +22,9 @@ from common.plan import TrainingPlan
 __all__ = [
     "ARRAYS",
     "CONFIG",
+    "FAILED",
     "METRICS",
+    "PARAMETERS",
     "WEIGHT",
     "EvaluateReply",
     "RoundRequest",
@@ -165,7 +167,8 @@ class TrainReply:
 
     Args:
         update: new − old shared parameters, [D] float32.
-        weight: the holder's public aggregation weight.
+        weight: the holder's public aggregation weight. A Grid that sums gives the weighted mean of
+            several updates, and the sum of their weights.
     """
 
     update: Vector
@@ -181,8 +184,16 @@ class TrainReply:
         )
 
     @classmethod
-    def of(cls, content: RecordDict, plan: TrainingPlan, dimension: int) -> TrainReply:
+    def of(
+        cls, content: RecordDict, plan: TrainingPlan, dimension: int, *, holders: int = 1
+    ) -> TrainReply:
         """Read and validate a reply: shape, dtype, finite, norm ≤ what the plan allows.
+
+        Args:
+            content: of the reply.
+            plan: of the run.
+            dimension: of the shared parameters.
+            holders: how many it speaks for.
 
         Raises:
             WireError: says what is wrong with it.
@@ -195,8 +206,9 @@ class TrainReply:
             raise WireError(f"update: norm {norm:.3g} is above {bound:.3g}, the plan's bound")
         metrics = content.get(METRICS)
         weight = metrics.get(WEIGHT) if isinstance(metrics, MetricRecord) else None
-        if not isinstance(weight, float) or not 0 < weight <= plan.largest_weight:
-            raise WireError(f"weight: {weight!r}, expected one in (0, {plan.largest_weight:g}]")
+        largest = holders * plan.largest_weight
+        if not isinstance(weight, float) or not 0 < weight <= largest:
+            raise WireError(f"weight: {weight!r}, expected one in (0, {largest:g}]")
         return cls(update, weight)
 
     def parameters(self, old: Vector) -> RecordDict:

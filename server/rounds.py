@@ -36,7 +36,7 @@ from common.wire import (
 from server.aggregation import restore, snapshot
 from server.checkpoints import RunState
 
-__all__ = ["RoundSummary", "evaluate", "rounds", "wait_for_quorum"]
+__all__ = ["RoundSummary", "cohort_of", "evaluate", "result_of", "rounds", "wait_for_quorum"]
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,15 @@ def next_round(
     cohort = _Cohort(grid, _choose(grid, plan, number))
 
     asked = strategy.configure_train(number, request.arrays(), request.config(), cohort)
-    replies, missed = _exchange(grid, asked, plan)
+    answers, missed = _exchange(grid, asked, plan)
     missed |= dict.fromkeys(cohort.away(), "away when the round began")
-    accepted, rejected = _validate(replies, plan, state.parameters)
-    missed |= {_name(grid, node): why for node, why in rejected.items()}
-    names = tuple(_name(grid, reply.metadata.src_node_id) for reply in accepted)
+    accepted, rejected = _validate(answers, plan, state.parameters)
+    missed |= _named(grid, rejected)
+    names = tuple(_name(grid, node) for node in sorted(_nodes(accepted)))
     _require_quorum(plan, number, names, missed)
 
-    arrays, _ = strategy.aggregate_train(number, accepted)
-    parameters = _result(arrays, state.parameters)
+    arrays, _ = strategy.aggregate_train(number, [answer.reply for answer in accepted])
+    parameters = result_of(arrays, state.parameters)
     state = state.advanced(
         parameters,
         snapshot(plan.strategy.name, strategy),
@@ -126,16 +126,23 @@ def next_round(
 def evaluate(
     grid: Grid, plan: TrainingPlan, state: RunState, summary: RoundSummary
 ) -> RoundSummary:
-    """Send the model for evaluation; holders keep their figures unless their policy shares them."""
+    """Send the model for evaluation; holders keep their figures unless their policy shares them.
+
+    A plan with a cohort has as many holders evaluate, drawn anew: a hundred thousand need not look
+    at every model.
+    """
     request = RoundRequest(state.run_id, state.round, plan, state.released)
     content = request.records()
-    asked = [Message(content, node, MessageType.EVALUATE) for node in sorted(grid.get_node_ids())]
-    replies, missed = _exchange(grid, asked, plan)
+    asked = [
+        Message(content, node, MessageType.EVALUATE)
+        for node in _choose(grid, plan, state.round, "evaluation")
+    ]
+    answers, missed = _exchange(grid, asked, plan)
     metrics: dict[str, Mapping[str, float]] = {}
-    for reply in replies:
-        name = _name(grid, reply.metadata.src_node_id)
+    for answer in answers:
+        name = _name(grid, answer.nodes[0])
         try:
-            metrics[name] = EvaluateReply.of(reply.content).metrics
+            metrics[name] = EvaluateReply.of(answer.reply.content).metrics
         except WireError as error:
             missed[name] = f"evaluation rejected: {error}"
     shared = {name: figures for name, figures in metrics.items() if figures}
@@ -159,52 +166,96 @@ def wait_for_quorum(grid: Grid, plan: TrainingPlan, poll: float = 0.05) -> int:
 # -- the parts of a round -------------------------------------------------------------------------
 
 
-def _choose(grid: Grid, plan: TrainingPlan, number: int) -> list[int]:
-    """The cohort: everyone, or ``plan.cohort`` of them, the same after a restart."""
-    present = sorted(grid.get_node_ids())
+@dataclass(frozen=True)
+class _Answer:
+    """A reply, and whose it is.
+
+    Args:
+        nodes: of the holders that it speaks for, in ascending order; several where the Grid sums.
+        reply: theirs.
+    """
+
+    nodes: tuple[int, ...]
+    reply: Message
+
+
+def _choose(grid: Grid, plan: TrainingPlan, number: int, purpose: str = "cohort") -> list[int]:
+    """The cohort among the holders that are there."""
+    return cohort_of(sorted(grid.get_node_ids()), plan, number, purpose)
+
+
+def cohort_of(
+    present: Sequence[int], plan: TrainingPlan, number: int, purpose: str = "cohort"
+) -> list[int]:
+    """Whom to ask in a round: everyone, or ``plan.cohort`` of them.
+
+    Args:
+        present: whom there is, in ascending order.
+        plan: its seed decides, so that it is the same after a restart.
+        number: of the round.
+        purpose: what they are asked for; other purposes draw others.
+    """
     if plan.cohort is None or plan.cohort >= len(present):
-        return present
-    return sorted(
-        random.Random(derived_seed("cohort", plan.seed, number)).sample(present, plan.cohort)
-    )
+        return list(present)
+    chance = random.Random(derived_seed(purpose, plan.seed, number))
+    return sorted(chance.sample(present, plan.cohort))
 
 
 def _exchange(
     grid: Grid, messages: Iterable[Message], plan: TrainingPlan
-) -> tuple[list[Message], dict[str, str]]:
+) -> tuple[list[_Answer], dict[str, str]]:
     """Send, wait, and sort replies by holder: float sums then come out the same every time."""
     asked = sorted(messages, key=lambda message: message.metadata.dst_node_id)
     nodes = [message.metadata.dst_node_id for message in asked]
     replies = list(grid.send_and_receive(asked, timeout=plan.round_deadline))
     # Flower's own error replies carry the coordinator's node id as source, so match by request.
     asked_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked}
-    answered, missed = {}, {}
+    answered: dict[int, _Answer] = {}
+    missed: dict[int, str] = {}
     for reply in replies:
         node = asked_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         if reply.has_error():
-            missed[_name(grid, node)] = error_message(reply.error)
+            missed[node] = error_message(reply.error)
         else:
-            answered[node] = reply
-    for node in nodes:
-        if node not in answered:
-            missed.setdefault(_name(grid, node), f"no reply within {plan.round_deadline:g} s")
-    return [answered[node] for node in sorted(answered)], missed
+            answered[node] = _Answer(_spoken_for(grid, reply, node), reply)
+    answers = [answered[node] for node in sorted(answered)]
+    silent = set(nodes) - _nodes(answers) - missed.keys()
+    missed |= dict.fromkeys(silent, f"no reply within {plan.round_deadline:g} s")
+    return answers, _named(grid, missed)
 
 
 def _validate(
-    replies: Sequence[Message], plan: TrainingPlan, parameters: Vector
-) -> tuple[list[Message], dict[int, str]]:
-    """Replies that a strategy may see, holding new parameters; and why the others may not."""
-    accepted, rejected = [], {}
-    for reply in replies:
+    answers: Sequence[_Answer], plan: TrainingPlan, parameters: Vector
+) -> tuple[list[_Answer], dict[int, str]]:
+    """Answers that a strategy may see, holding new parameters; and why the others may not."""
+    accepted: list[_Answer] = []
+    rejected: dict[int, str] = {}
+    for answer in answers:
         try:
-            checked = TrainReply.of(reply.content, plan, len(parameters))
+            checked = TrainReply.of(
+                answer.reply.content, plan, len(parameters), holders=len(answer.nodes)
+            )
         except WireError as error:
-            rejected[reply.metadata.src_node_id] = f"reply rejected: {error}"
+            rejected |= dict.fromkeys(answer.nodes, f"reply rejected: {error}")
             continue
-        reply.content = checked.parameters(parameters)
-        accepted.append(reply)
+        answer.reply.content = checked.parameters(parameters)
+        accepted.append(answer)
     return accepted, rejected
+
+
+def _spoken_for(grid: Grid, reply: Message, node: int) -> tuple[int, ...]:
+    """The holders that a reply to ``node`` speaks for."""
+    if isinstance(grid, BaseGrid) and len(several := grid.answered_by(reply)) > 1:
+        return tuple(sorted(several))
+    return (node,)
+
+
+def _nodes(answers: Iterable[_Answer]) -> set[int]:
+    return {node for answer in answers for node in answer.nodes}
+
+
+def _named(grid: Grid, reasons: Mapping[int, str]) -> dict[str, str]:
+    return {_name(grid, node): why for node, why in sorted(reasons.items())}
 
 
 def _require_quorum(
@@ -220,7 +271,7 @@ def _require_quorum(
     )
 
 
-def _result(arrays: ArrayRecord | None, old: Vector) -> Vector:
+def result_of(arrays: ArrayRecord | None, old: Vector) -> Vector:
     """The strategy's result as a flat float32 vector."""
     if arrays is None:
         return old

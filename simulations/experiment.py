@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from flwr.app import Context, RecordDict
 
+from common.data.on_demand import OnDemand
+from common.errors import ConfigurationError
+from common.flower import BaseGrid
 from common.plan import TrainingPlan
 from common.tasks.base import HolderData, HolderTables, Task
-from server.aggregation import STRATEGIES
+from common.tasks.parameters import load_shared
 from server.app import build_app
 from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
-from simulations.grid import InProcessGrid, simulated_holder
+from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
+from simulations.faults import Faults, FaultyGrid, RoundFaults
+from simulations.grid import BatchedGrid, in_process
 from simulations.results import Metrics
+from simulations.workers import BlockTrainer, Threads, Workers
 
 __all__ = [
     "Baselines",
@@ -29,8 +35,9 @@ __all__ = [
     "train_baselines",
 ]
 
-ENGINES = ("opacus",)
-"""Ways to compute a round's local training; the batched engine will be another."""
+ENGINES = ("batched", "opacus", "ray")
+"""Ways to compute a round's local training: stacked blocks in this process (the default), each
+holder's own ClientApp with Opacus, ledger and policy, or stacked blocks on a Ray cluster."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,10 @@ class Experiment:
         seeds: of split, initial parameters, sampling and noise.
         holders: how many; None for the source's own number.
         device: where models live.
+        engine: one of :data:`ENGINES`.
+        address: of the Ray cluster; None starts one on this machine.
         baselines: whether to train each holder alone, and all data pooled, for comparison.
+        faults: what goes wrong in the federation, and not in the baselines; None for nothing.
         folder: the first seed's run is kept here; None keeps nothing.
     """
 
@@ -52,8 +62,17 @@ class Experiment:
     seeds: Sequence[int] = (0,)
     holders: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    engine: str = "batched"
+    address: str | None = None
     baselines: bool = False
+    faults: Faults | None = None
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ConfigurationError(
+                f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,7 @@ class ExperimentResult:
         runs: one for each seed.
         baselines: if they were asked for.
         seconds: wall time of all of it.
+        faults: what went wrong, for every round of every seed, if faults were asked for.
     """
 
     experiment: Experiment
@@ -81,12 +101,16 @@ class ExperimentResult:
     runs: Sequence[RunResult]
     baselines: Baselines | None
     seconds: float
+    faults: Sequence[RoundFaults] = ()
 
     @property
     def finals(self) -> Sequence[Mapping[str, Metrics]]:
         """For every seed, holder → metrics of the final model."""
         return [run.final.metrics for run in self.runs]
 
+
+COHORTS_KEPT = 4
+"""Prepared data sets are kept for so many cohorts; the others are made again when needed."""
 
 OnProgress = Callable[[str, int, RoundSummary], None]
 """Called with the stage (``federation``, ``NAME alone``, ``pooled``), the seed and the round."""
@@ -104,6 +128,7 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
     """
     begin = time.perf_counter()
     runs, local, pooled, names = [], [], [], list[str]()
+    happened: list[RoundFaults] = []
     for number, seed in enumerate(experiment.seeds):
         plan = experiment.plan.model_copy(update={"seed": seed})
         tables, data = _data_of(experiment, seed)
@@ -112,13 +137,15 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
         if experiment.folder is not None and number == 0:
             folder = RunFolder.begin(experiment.folder, plan)
         report = partial(on_progress, "federation", seed)
-        runs.append(_train(experiment, plan, data, report, folder))
+        disturb = _disturbance(experiment.faults, seed, happened)
+        runs.append(_train(experiment, plan, data, report, folder, disturb))
         if experiment.baselines:
             alone, together = _baselines(experiment, plan, tables, data, on_progress)
             local.append(alone)
             pooled.append(together)
     baselines = Baselines(local, pooled) if experiment.baselines else None
-    return ExperimentResult(experiment, names, runs, baselines, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return ExperimentResult(experiment, names, runs, baselines, seconds, happened)
 
 
 def train_baselines(
@@ -150,14 +177,31 @@ def _baselines(
 
 def _data_of(
     experiment: Experiment, seed: int
-) -> tuple[dict[str, HolderTables], dict[str, HolderData]]:
-    """Every holder's rows, split with ``seed``, and the same encoded."""
-    task = experiment.task
-    tables = {
-        name: task.split(table, holder=name, seed=seed)
-        for name, table in task.source.tables(experiment.holders).items()
-    }
-    return tables, {name: task.prepare(half) for name, half in tables.items()}
+) -> tuple[Mapping[str, HolderTables], Mapping[str, HolderData]]:
+    """Every holder's rows, split with ``seed``, and the same encoded; made when asked for."""
+    task, cohort = experiment.task, experiment.plan.cohort
+    tables = task.source.tables(experiment.holders)
+    keep = None if cohort is None else COHORTS_KEPT * cohort
+    split = OnDemand(
+        list(tables), lambda name: task.split(tables[name], holder=name, seed=seed), keep
+    )
+    return split, OnDemand(list(tables), lambda name: task.prepare(split[name]), keep)
+
+
+Disturb = Callable[[BaseGrid], BaseGrid]
+"""Puts a Grid around another one."""
+
+
+def _as_it_is(grid: BaseGrid) -> BaseGrid:
+    """Disturb nothing."""
+    return grid
+
+
+def _disturbance(faults: Faults | None, seed: int, happened: list[RoundFaults]) -> Disturb:
+    """What puts ``faults`` into a run; what they did is appended to ``happened``."""
+    if faults is None:
+        return _as_it_is
+    return lambda grid: FaultyGrid(grid, faults, seed, happened)
 
 
 def _train(
@@ -166,21 +210,39 @@ def _train(
     data: Mapping[str, HolderData],
     on_round: Callable[[RoundSummary], None],
     folder: RunFolder | None = None,
+    disturb: Disturb = _as_it_is,
 ) -> RunResult:
-    """The ServerApp and the ClientApp of a deployment, on a Grid in this process."""
-    holders = {
-        name: simulated_holder(name, experiment.task, own, plan, experiment.device)
-        for name, own in data.items()
-    }
+    """The ServerApp of a deployment, on a Grid in this process."""
     results: list[RunResult] = []
     app = build_app(lambda _: (plan, experiment.task, folder), on_round, results.append)
-    context = Context(1, 1, {}, RecordDict(), {})
-    try:
-        app(InProcessGrid(holders), context)
-    finally:
-        for holder in holders.values():
-            holder.state.close()
+    with _grid(experiment, plan, data) as grid:
+        app(disturb(grid), Context(1, 1, {}, RecordDict(), {}))
     return results[0]
+
+
+@contextmanager
+def _grid(
+    experiment: Experiment, plan: TrainingPlan, data: Mapping[str, HolderData]
+) -> Iterator[BaseGrid]:
+    """Reaches the holders through the engine that was asked for."""
+    if experiment.engine == "opacus":
+        with in_process(experiment.task, plan, data, experiment.device) as grid:
+            yield grid
+        return
+    workers = _workers(experiment, data)
+    try:
+        yield BatchedGrid(list(data), workers)
+    finally:
+        workers.close()
+
+
+def _workers(experiment: Experiment, data: Mapping[str, HolderData]) -> Workers:
+    task, device = experiment.task, experiment.device
+    if experiment.engine == "ray":
+        from simulations.ray import RayWorkers
+
+        return RayWorkers(task, data, device, experiment.address)
+    return Threads(lambda: BlockTrainer(task, data, device), 1 if device.type == "cuda" else None)
 
 
 def _alone(
@@ -191,7 +253,7 @@ def _alone(
     on_round: Callable[[RoundSummary], None],
 ) -> Metrics:
     """A holder on its own: the same steps, noise and guarantee, nobody to learn with."""
-    result = _train(experiment, _solo(plan), {name: data}, on_round)
+    result = _train(experiment, solo_plan(plan), {name: data}, on_round)
     return result.final.metrics[name]
 
 
@@ -202,40 +264,18 @@ def _pooled(
     data: Mapping[str, HolderData],
     on_round: Callable[[RoundSummary], None],
 ) -> Mapping[str, Metrics]:
-    """All rows in one place: the same steps on the union, with the guarantee of central DP-SGD.
+    """All rows in one place, judged on each holder's own held-out rows.
 
-    Judged on each holder's own held-out rows; where parameters are private to a holder the
-    pooled model has other ones, and is judged on the union.
+    Where parameters are private to a holder the pooled model has other ones, and is judged on the
+    union.
     """
     task = experiment.task
-    union = HolderTables(
-        *(
-            pd.concat([getattr(half, part) for half in tables.values()], ignore_index=True)
-            for part in ("train", "test")
-        )
-    )
-    size = plan.holder_size * len(data)
-    central = _solo(plan).model_copy(
-        update={"holder_size": size, "expected_batch_size": plan.sampling_rate * size}
-    )
-    prepared = task.prepare(union)
-    result = _train(experiment, central, {"pooled": prepared}, on_round)
+    union = {POOLED: task.prepare(pooled_tables(tables))}
+    result = _train(experiment, pooled_plan(plan, len(data)), union, on_round)
     if task.private_parameters:
-        return {"pooled": result.final.metrics["pooled"]}
-    judge = simulated_holder("pooled", task, prepared, central, experiment.device)
+        return {POOLED: result.final.metrics[POOLED]}
     parameters = torch.tensor(result.parameters)
-    return {name: judge.trainer.evaluate(parameters, None, own.test) for name, own in data.items()}
-
-
-def _solo(plan: TrainingPlan) -> TrainingPlan:
-    """The plan for one holder: robust strategies need several, so they become the mean."""
-    linear = STRATEGIES[plan.strategy.name].linear
-    strategy = plan.strategy if linear else plan.strategy.model_copy(update={"name": "fedavg"})
-    return plan.model_copy(
-        update={
-            "min_holders": 1,
-            "cohort": None,
-            "strategy": strategy,
-            "evaluate_every": plan.rounds,
-        }
-    )
+    model = task.model(1)
+    load_shared(task, model, parameters)
+    model.eval()
+    return {name: task.evaluate(model, own.test) for name, own in data.items()}

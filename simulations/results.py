@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from server.runs import RunResult
 
 if TYPE_CHECKING:  # it needs Opacus, which a coordinator that writes a document does not
     from simulations.experiment import ExperimentResult
+    from simulations.faults import Faults, RoundFaults
+    from simulations.sweep import Finished, Setting, SweepResult
 
 __all__ = [
     "Metrics",
@@ -21,6 +24,7 @@ __all__ = [
     "privacy_document",
     "run_document",
     "summarise",
+    "sweep_document",
 ]
 
 Metrics = Mapping[str, float]
@@ -38,10 +42,20 @@ def document(result: ExperimentResult) -> dict[str, Any]:
                 "pooled": _means(result.baselines.pooled),
             }
         }
+    faults = {}
+    if experiment.faults is not None:
+        faults = {"faults": _faults_document(experiment.faults, result.faults)}
     return {
-        **_about(experiment.plan, len(result.holders), str(experiment.device), experiment.seeds),
+        **_about(
+            experiment.plan,
+            len(result.holders),
+            str(experiment.device),
+            experiment.seeds,
+            experiment.engine,
+        ),
         "metrics": summarise(result.finals),
         **baselines,
+        **faults,
         "seconds": {
             "total": round(result.seconds, 3),
             "round_median": float(np.median([run.round_median for run in result.runs])),
@@ -49,11 +63,73 @@ def document(result: ExperimentResult) -> dict[str, Any]:
     }
 
 
+def sweep_document(
+    result: SweepResult, *, engine: str = "batched", device: str = "cpu"
+) -> dict[str, Any]:
+    """The document that ``sotto sweep`` writes, with a point for each setting.
+
+    Args:
+        result: of the sweep.
+        engine: that computed it.
+        device: on which.
+    """
+    sweep = result.sweep
+    return {
+        "task": sweep.task.name,
+        "source": sweep.task.source.name,
+        "preprocessing": sweep.task.preprocessing,
+        "holders": len(result.holders),
+        "engine": engine,
+        "device": device,
+        "seeds": list(sweep.seeds),
+        "swept": {name: [_json(each) for each in values] for name, values in sweep.swept.items()},
+        "headline": sweep.task.headline,
+        "points": [_point(result, place, setting) for place, setting in enumerate(sweep.settings)],
+        "seconds": {"total": round(result.seconds, 3)},
+    }
+
+
+def _point(result: SweepResult, place: int, setting: Setting) -> dict[str, Any]:
+    kinds = ("federation", "local", "pooled") if result.sweep.baselines else ("federation",)
+    runs = {kind: result.of(place, kind) for kind in kinds}
+    summaries = {kind: summarise([_judged(run) for run in own]) for kind, own in runs.items()}
+    metrics = summaries.pop("federation")
+    return {
+        "settings": {name: _json(value) for name, value in setting.values.items()},
+        "rounds": setting.plan.rounds,
+        "strategy": setting.plan.strategy.name,
+        "privacy": privacy_document(setting.plan.privacy),
+        "metrics": metrics,
+        **({"baselines": summaries} if summaries else {}),
+        "failed": [
+            {"seed": run.seed, "kind": kind, "why": run.failed}
+            for kind, own in runs.items()
+            for run in own
+            if run.failed
+        ],
+    }
+
+
+def _judged(run: Finished) -> Mapping[str, Metrics]:
+    """What a run counts for: nothing if it, or one of the holders alone, failed.
+
+    The mean over the others would be that of those to whom it happened to go well.
+    """
+    return {} if run.failed else run.metrics
+
+
+def _json(value: Any) -> Any:
+    """A setting as JSON has it: an infinite ε, which is no privacy, is null."""
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
 def run_document(result: RunResult, device: str) -> dict[str, Any]:
     """The same of one deployed run: metrics as far as holders share them, nothing to compare."""
     shared = result.final.metrics
     return {
-        **_about(result.plan, len(result.final.accepted), device, [result.plan.seed]),
+        **_about(
+            result.plan, len(result.final.accepted), device, [result.plan.seed], engine="opacus"
+        ),
         "metrics": summarise([shared]) if shared else {},
         "seconds": {
             "total": round(sum(summary.seconds for summary in result.history), 3),
@@ -62,14 +138,16 @@ def run_document(result: RunResult, device: str) -> dict[str, Any]:
     }
 
 
-def _about(plan: TrainingPlan, holders: int, device: str, seeds: Sequence[int]) -> dict[str, Any]:
+def _about(
+    plan: TrainingPlan, holders: int, device: str, seeds: Sequence[int], engine: str
+) -> dict[str, Any]:
     return {
         "task": plan.task,
         "source": plan.source,
         "preprocessing": plan.preprocessing,
         "holders": holders,
         "rounds": plan.rounds,
-        "engine": "opacus",
+        "engine": engine,
         "device": device,
         "strategy": plan.strategy.name,
         "seeds": list(seeds),
@@ -82,6 +160,20 @@ def privacy_document(privacy: Privacy | NonPrivate) -> dict[str, Any]:
     fields = ("epsilon", "delta", "unit", "adversary", "noise_multiplier", "clip_norm")
     figures = {field: getattr(privacy, field, None) for field in fields}
     return {"kind": privacy.kind, **figures}
+
+
+def _faults_document(faults: Faults, happened: Sequence[RoundFaults]) -> dict[str, Any]:
+    """What was to go wrong, and what did in all rounds of all seeds together."""
+    straggle, byzantine = faults.straggle, faults.byzantine
+    return {
+        "dropout": faults.dropout,
+        "straggle": None if straggle is None else asdict(straggle),
+        "byzantine": None if byzantine is None else asdict(byzantine),
+        "dropped": sum(each.dropped for each in happened),
+        "late": sum(each.late for each in happened),
+        "attacked": sum(each.attacked for each in happened),
+        "waited_median": float(np.median([each.waited for each in happened])),
+    }
 
 
 def summarise(seeds: Sequence[Mapping[str, Metrics]]) -> dict[str, Any]:
@@ -99,7 +191,7 @@ def summarise(seeds: Sequence[Mapping[str, Metrics]]) -> dict[str, Any]:
             )
             for holder in _union(seeds)
         }
-        defined = [value for value in per_seed if not math.isnan(value)]
+        defined = [value for value in per_seed if math.isfinite(value)]
         summary[name] = {
             "mean": _number(_nanmean(per_seed)),
             "sd": float(np.std(defined, ddof=1)) if len(defined) > 1 else 0.0,
@@ -138,4 +230,4 @@ def _nanmean(values: Sequence[float]) -> float:
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None

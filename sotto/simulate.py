@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sotto.options import Settings, shared_options
 from sotto.show import Rounds, Screen, comparison_rows, guarantee, write_json
+
+if TYPE_CHECKING:  # it needs torch
+    from common.plan import TrainingPlan
 
 __all__ = ["simulate"]
 
@@ -21,28 +25,49 @@ def simulate(
     data: Annotated[
         Path | None, typer.Option(help="A file of your own, CSV or Parquet, to divide.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="How local training is computed.")] = "opacus",
+    engine: Annotated[
+        str, typer.Option(help="How local training is computed: batched, opacus or ray.")
+    ] = "batched",
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, as ray://…; a local one if left out.")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="P: a holder stays silent in a round with probability P.")
+    ] = None,
+    straggle: Annotated[
+        str | None,
+        typer.Option(
+            help="P:SECONDS: with probability P an answer takes longer, so much on average."
+        ),
+    ] = None,
+    byzantine: Annotated[
+        str | None,
+        typer.Option(
+            help="P:ATTACK: a share P lies, by sign-flip, scale, noise, nan, zero or little."
+        ),
+    ] = None,
 ) -> None:
     """Simulate a federation in this process: the same apps and plan, seeded, without Ray."""
     # torch takes seconds to import; flags are checked, and help is shown, without it.
     from client.trainer import pick_device
     from common.data.own_file import OwnFile
-    from common.errors import ConfigurationError
     from common.settings import plan_for
     from common.tasks import load
-    from simulations.experiment import ENGINES, Experiment, run_experiment
+    from simulations.experiment import Experiment, run_experiment
+    from simulations.faults import Faults
     from simulations.results import document
     from sotto.report import write_report
 
-    if engine not in ENGINES:
-        raise ConfigurationError(f"there is no engine {engine!r}; there are {', '.join(ENGINES)}")
     screen = Screen(settings.output)
+    faults = Faults.parsed(dropout, straggle, byzantine)
     loaded = load(task, settings.source, settings.preprocessing)
     if data is not None:
         loaded.source = OwnFile(data, loaded.source)
     holders = list(loaded.source.tables(settings.holders))
-    wanted = {"min_holders": len(holders), **settings.plan}
+    wanted = {"min_holders": len(holders) if faults is None else 1, **settings.plan}
     plan = plan_for(loaded, wanted, holders=settings.holders)
+    if faults is not None and "min_holders" not in settings.plan:
+        plan = _with_smallest_quorum(plan)
     if "evaluate_every" not in settings.plan:
         # Twenty points make a curve; evaluating more often would cost more than it shows.
         plan = plan.model_copy(update={"evaluate_every": max(1, plan.rounds // 20)})
@@ -53,7 +78,10 @@ def simulate(
         seeds=range(first, first + settings.seeds),
         holders=settings.holders,
         device=pick_device(settings.device),
+        engine=engine,
+        address=address,
         baselines=settings.baselines,
+        faults=faults,
         folder=settings.output.out or _new_folder(task),
     )
     screen.say(
@@ -69,8 +97,31 @@ def simulate(
     report = write_report(experiment.folder, result.runs[0], loaded, written)
     screen.table(f"{task} on {plan.source}", *comparison_rows(written))
     screen.say(guarantee(plan, loaded, simulated=True))
+    if faults is not None:
+        screen.say(_what_went_wrong(written["faults"]))
     screen.say(f"Everything about this run: {report}")
     write_json(settings.output.json, written)
+
+
+def _with_smallest_quorum(plan: TrainingPlan) -> TrainingPlan:
+    """As few updates as the strategy can work with: where holders fail, not everyone answers."""
+    from common.plan import TrainingPlan, validated
+    from server.aggregation import STRATEGIES
+
+    kind = STRATEGIES.get(plan.strategy.name)
+    if kind is None:
+        return plan  # which is refused, with the names that there are, when the run begins
+    fewest = kind.fewest(plan.strategy)
+    return validated(TrainingPlan, {**plan.model_dump(), "min_holders": fewest})
+
+
+def _what_went_wrong(faults: Mapping[str, Any]) -> str:
+    """The faults of a document, in one sentence."""
+    return (
+        f"Faults: {faults['dropped']} answers never came, {faults['late']} came after the "
+        f"deadline, and {faults['attacked']} of those that came in time were forged; half of the "
+        f"rounds waited {faults['waited_median']:.3g} simulated seconds or less for stragglers."
+    )
 
 
 def _new_folder(task: str) -> Path:

@@ -1,0 +1,417 @@
+"""Holders that stay silent, come late or lie: a Grid around a simulation's Grid.
+
+Who fails in a round is decided by the plan's seed, the round and the holder's name alone, so it is
+the same for every engine, whoever else is asked, and after a restart. Time is simulated: nobody
+sleeps. Only training is disturbed; an evaluation reaches everybody.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Message, MessageType
+
+from common.errors import ConfigurationError, WireError
+from common.flower import BaseGrid, Run
+from common.tasks.base import derived_seed, generator
+from common.wire import RoundRequest, TrainReply
+
+__all__ = ["ATTACKS", "Attack", "Byzantine", "Faults", "FaultyGrid", "RoundFaults", "Straggle"]
+
+Updates = npt.NDArray[np.float32]
+"""One flat update a row: [M, D]."""
+
+
+# -- attacks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Honest:
+    """What the malicious holders of a round have before they lie.
+
+    Args:
+        updates: their honest updates, [M, D].
+        strength: of the attack.
+        draws: a generator for each, of its own.
+    """
+
+    updates: Updates
+    strength: float
+    draws: Sequence[np.random.Generator]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack.
+
+    Args:
+        forge: what is sent instead of the honest updates, [M, D].
+        strength: unless a user sets it; None if the attack has none.
+        source: who described it.
+    """
+
+    forge: Callable[[Honest], npt.NDArray[np.floating]]
+    strength: float | None = None
+    source: str = ""
+
+
+def _noise(honest: Honest) -> npt.NDArray[np.floating]:
+    """Gaussian; ``strength`` times as long as the honest update, on average."""
+    dimension = honest.updates.shape[1]
+    deviations = honest.strength * np.linalg.norm(honest.updates, axis=1) / math.sqrt(dimension)
+    return np.stack(
+        [
+            own.normal(0.0, size, dimension)
+            for own, size in zip(honest.draws, deviations, strict=True)
+        ]
+    )
+
+
+def _little(honest: Honest) -> npt.NDArray[np.floating]:
+    """All send mean − z·std of what they would have sent: near enough to look honest."""
+    mean, deviation = honest.updates.mean(0), honest.updates.std(0)
+    return np.broadcast_to(mean - honest.strength * deviation, honest.updates.shape)
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "sign-flip": Attack(lambda honest: -honest.updates, source="Li et al. 2019 (RSA)"),
+    "scale": Attack(
+        lambda honest: honest.strength * honest.updates, 10.0, "Bagdasaryan et al. 2020, boosting"
+    ),
+    "noise": Attack(_noise, 1.0, "Blanchard et al. 2017, Gaussian"),
+    "nan": Attack(lambda honest: np.full_like(honest.updates, np.nan)),
+    "zero": Attack(
+        lambda honest: np.zeros_like(honest.updates), source="Lin et al. 2019, free rider"
+    ),
+    # 1.5 is what the authors' own program takes (moranant/attacking_distributed_learning).
+    "little": Attack(_little, 1.5, "Baruch et al. 2019"),
+}
+"""Name → what a malicious holder does."""
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Straggle:
+    """Answers that take longer.
+
+    Args:
+        probability: that a holder's answer of a round does.
+        mean_seconds: of the extra time, which is exponentially distributed.
+
+    Raises:
+        ConfigurationError: no probability, or no length of time.
+    """
+
+    probability: float
+    mean_seconds: float
+
+    def __post_init__(self) -> None:
+        _require_share("straggle", "probability", self.probability)
+        if not (math.isfinite(self.mean_seconds) and self.mean_seconds > 0):
+            raise ConfigurationError(
+                f"straggle: SECONDS must be a positive number, got {self.mean_seconds:g}"
+            )
+
+    @classmethod
+    def parsed(cls, text: str) -> Straggle:
+        """``P:SECONDS``; raises ConfigurationError."""
+        probability, found, seconds = text.partition(":")
+        if not found:
+            raise ConfigurationError(f"straggle must be P:SECONDS, as in 0.2:30, got {text!r}")
+        return cls(_number("straggle", "P", probability), _number("straggle", "SECONDS", seconds))
+
+    def delay(self, *who: object) -> float:
+        """Extra seconds of the answer that ``who`` names; 0 if it does not straggle."""
+        if _uniform("straggle", *who) >= self.probability:
+            return 0.0
+        return -self.mean_seconds * math.log1p(-_uniform("delay", *who))
+
+
+@dataclass(frozen=True)
+class Byzantine:
+    """Holders that lie in every round that they are asked in.
+
+    Args:
+        share: of the holders.
+        attack: a key of :data:`ATTACKS`.
+        strength: of the attack; None for its own default.
+
+    Raises:
+        ConfigurationError: no share, no such attack, or one that has no strength to set.
+    """
+
+    share: float
+    attack: str
+    strength: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_share("byzantine", "share", self.share)
+        if self.attack not in ATTACKS:
+            close = get_close_matches(self.attack, ATTACKS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigurationError(
+                f"byzantine: there is no attack {self.attack!r}.{hint} There are: "
+                f"{', '.join(ATTACKS)}"
+            )
+        if self.strength is None:
+            object.__setattr__(self, "strength", ATTACKS[self.attack].strength)
+        elif ATTACKS[self.attack].strength is None:
+            tunable = ", ".join(name for name, kind in ATTACKS.items() if kind.strength is not None)
+            raise ConfigurationError(
+                f"byzantine: attack {self.attack!r} takes no number, got {self.strength:g}; "
+                f"those that do are {tunable}"
+            )
+        elif not math.isfinite(self.strength):
+            raise ConfigurationError(
+                f"byzantine: the number of an attack must be finite, got {self.strength:g}"
+            )
+
+    @classmethod
+    def parsed(cls, text: str) -> Byzantine:
+        """``P:ATTACK`` or ``P:ATTACK:NUMBER``; raises ConfigurationError."""
+        share, *attack = text.split(":", maxsplit=2)
+        if not attack:
+            raise ConfigurationError(
+                f"byzantine must be P:ATTACK, as in 0.2:sign-flip, got {text!r}; attacks are "
+                f"{', '.join(ATTACKS)}"
+            )
+        name, *strength = attack
+        return cls(
+            _number("byzantine", "P", share),
+            name,
+            _number("byzantine", name, strength[0]) if strength else None,
+        )
+
+    def malicious(self, names: Iterable[str], seed: int) -> frozenset[str]:
+        """Who lies: ⌊share · n + ½⌋ of n holders, the same in the whole run."""
+        everyone = sorted(names)
+        count = math.floor(self.share * len(everyone) + 0.5)
+        return frozenset(random.Random(derived_seed("byzantine", seed)).sample(everyone, count))
+
+    def forged(self, updates: Updates, draws: Sequence[np.random.Generator]) -> Updates:
+        """What is sent instead of honest ``updates``: [M, D]."""
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is rejected
+            forge = ATTACKS[self.attack].forge
+            return forge(Honest(updates, self.strength or 0.0, draws)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong in a simulation.
+
+    Args:
+        dropout: probability that a holder asked to train stays silent.
+        straggle: answers that take longer; None for none.
+        byzantine: holders that lie; None for none.
+
+    Raises:
+        ConfigurationError: ``dropout`` is no probability.
+    """
+
+    dropout: float = 0.0
+    straggle: Straggle | None = None
+    byzantine: Byzantine | None = None
+
+    def __post_init__(self) -> None:
+        _require_share("dropout", "probability", self.dropout)
+
+    @classmethod
+    def parsed(
+        cls, dropout: float | None, straggle: str | None, byzantine: str | None
+    ) -> Faults | None:
+        """From the flags of ``sotto simulate``; None if none was given.
+
+        Raises:
+            ConfigurationError: says what a flag may be.
+        """
+        if dropout is None and straggle is None and byzantine is None:
+            return None
+        return cls(
+            dropout or 0.0,
+            None if straggle is None else Straggle.parsed(straggle),
+            None if byzantine is None else Byzantine.parsed(byzantine),
+        )
+
+
+def _require_share(fault: str, what: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigurationError(f"{fault}: the {what} must be from 0 to 1, got {value:g}")
+
+
+def _number(fault: str, what: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(f"{fault}: {what} must be a number, got {text!r}") from None
+
+
+def _uniform(*parts: object) -> float:
+    """A number in [0, 1) that ``parts`` decide."""
+    return (derived_seed(*parts) >> 10) / 2**53
+
+
+# -- the Grid -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundFaults:
+    """What went wrong in one round.
+
+    Args:
+        dropped: holders that stayed silent.
+        late: holders that worked, and whose answers came after the deadline.
+        attacked: updates that were forged, and came in time.
+        waited: simulated seconds until the last answer that came in time.
+    """
+
+    dropped: int
+    late: int
+    attacked: int
+    waited: float
+
+
+@dataclass
+class _Cast:
+    """Who does what in a round.
+
+    Args:
+        late: requests whose answers nobody will see.
+        malicious: requests whose answers are forged.
+        honest: all others that are answered.
+        waited: simulated seconds until the last answer that counts.
+    """
+
+    late: list[Message] = field(default_factory=list)
+    malicious: list[Message] = field(default_factory=list)
+    honest: list[Message] = field(default_factory=list)
+    waited: float = 0.0
+
+
+class FaultyGrid(BaseGrid):
+    """Another Grid, whose holders fail as they are told to when they are asked to train.
+
+    One that stays silent is not asked: its privacy and its private parameters stay where they are.
+    One that is late is asked and works, so its privacy is spent, and its answer is thrown away.
+
+    Args:
+        grid: reaches the holders, all of whom are there from the beginning.
+        faults: what goes wrong.
+        seed: of the plan.
+        happened: what went wrong in a round is appended here.
+    """
+
+    def __init__(
+        self, grid: BaseGrid, faults: Faults, seed: int, happened: list[RoundFaults]
+    ) -> None:
+        super().__init__(grid.run.run_id)
+        self._grid, self._faults, self._seed, self._happened = grid, faults, seed, happened
+        names = [grid.holder_name(node) for node in grid.get_node_ids()]
+        byzantine = faults.byzantine
+        self._malicious = byzantine.malicious(names, seed) if byzantine else frozenset[str]()
+
+    # -- as the other Grid has it ------------------------------------------------------------
+
+    @property
+    def run(self) -> Run:
+        """The other Grid's run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Operate in another run."""
+        self._grid.set_run(run)
+
+    def get_node_ids(self) -> list[int]:
+        """Whoever the other Grid reaches: a fault shows only when a holder is asked."""
+        return self._grid.get_node_ids()
+
+    def holder_name(self, node_id: int) -> str:
+        """The holder's own name."""
+        return self._grid.holder_name(node_id)
+
+    def away(self) -> list[str]:
+        """Names of holders that the other Grid cannot ask now."""
+        return self._grid.away()
+
+    def answered_by(self, reply: Message) -> Sequence[int]:
+        """The holders that a reply speaks for."""
+        return self._grid.answered_by(reply)
+
+    # -- with faults -------------------------------------------------------------------------
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """The replies that come in time, some of them forged."""
+        return self._ask(list(messages), timeout, self._grid.send_and_receive)
+
+    def individually(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """The same, with a reply from each holder."""
+        return self._ask(list(messages), timeout, self._grid.individually)
+
+    def _ask(
+        self, messages: Sequence[Message], timeout: float | None, ask: Callable[..., list[Message]]
+    ) -> list[Message]:
+        if not messages or messages[0].metadata.message_type != MessageType.TRAIN:
+            return ask(messages, timeout=timeout)
+        request = RoundRequest.of(messages[0])  # they differ in nothing but the addressee
+        cast = self._cast(messages, request.round, timeout)
+        # What is thrown away or forged must not be in a sum.
+        apart = self._grid.individually([*cast.late, *cast.malicious], timeout=timeout)
+        late = {message.metadata.message_id for message in cast.late}
+        in_time = [reply for reply in apart if reply.metadata.reply_to_message_id not in late]
+        attacked = self._forge(in_time, request)
+        dropped = len(messages) - len(cast.honest) - len(cast.malicious) - len(cast.late)
+        self._happened.append(RoundFaults(dropped, len(cast.late), attacked, cast.waited))
+        return [*in_time, *ask(cast.honest, timeout=timeout)]
+
+    def _cast(self, messages: Sequence[Message], number: int, timeout: float | None) -> _Cast:
+        """What becomes of every request of round ``number``."""
+        faults, cast = self._faults, _Cast()
+        for message in messages:
+            name = self.holder_name(message.metadata.dst_node_id)
+            who = (self._seed, number, name)
+            if _uniform("dropout", *who) < faults.dropout:
+                continue
+            delay = faults.straggle.delay(*who) if faults.straggle else 0.0
+            if timeout is not None and delay > timeout:
+                cast.late.append(message)
+                continue
+            cast.waited = max(cast.waited, delay)
+            (cast.malicious if name in self._malicious else cast.honest).append(message)
+        return cast
+
+    def _forge(self, replies: Sequence[Message], request: RoundRequest) -> int:
+        """Replace the updates of malicious holders; how many there were.
+
+        A holder whose honest reply cannot count has nothing to forge.
+        """
+        byzantine = self._faults.byzantine
+        honest = [(reply, own) for reply in replies if (own := _honest(reply, request))]
+        if byzantine is None or not honest:
+            return 0
+        names = [self.holder_name(reply.metadata.src_node_id) for reply, _ in honest]
+        draws = [generator("attack", self._seed, request.round, name) for name in names]
+        forged = byzantine.forged(np.stack([own.update for _, own in honest]), draws)
+        for (reply, own), update in zip(honest, forged, strict=True):
+            reply.content = TrainReply(update, own.weight).records()
+        return len(honest)
+
+
+def _honest(reply: Message, request: RoundRequest) -> TrainReply | None:
+    """The update of a reply that the round loop would accept."""
+    if reply.has_error():
+        return None
+    try:
+        return TrainReply.of(reply.content, request.plan, len(request.parameters))
+    except WireError:
+        return None

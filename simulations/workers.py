@@ -1,0 +1,605 @@
+"""Who computes a round's blocks: the trainer of one block, and a pool of threads of them.
+
+A round's holders are cut into jobs; a job is trained as one block (or a few, where its holders
+differ much in size), and its updates are summed where they are made. How holders are cut depends
+on the round only, never on how many workers there are, and sums are exact
+(:mod:`simulations.sums`), so any number of workers gives the same bits in any order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import pairwise
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.errors import SottoError
+from common.plan import TrainingPlan
+from common.privacy.noise import simulation_key
+from common.tasks.base import HolderData, Task, derived_seed
+from common.tasks.parameters import private_of
+from common.tasks.separation import require_separate_units
+from simulations.batched import Block, Terms, predict, train
+from simulations.layers import Weights
+from simulations.randomness import block_randomness
+from simulations.stack import StackedModel
+from simulations.sums import ExactSum
+
+__all__ = [
+    "Assignment",
+    "BlockTrainer",
+    "Cut",
+    "Job",
+    "Judged",
+    "Outcome",
+    "Private",
+    "Threads",
+    "Total",
+    "Totals",
+    "Workers",
+    "jobs_of",
+    "merged",
+]
+
+logger = logging.getLogger("sotto.simulation")
+
+_Result = TypeVar("_Result")
+
+Private = Mapping[str, Tensor]
+"""One holder's private parameters by name."""
+
+CACHE_BYTES = 3 * 2**20
+"""What a block's parameters and activations may take on a CPU: more falls out of its caches."""
+
+KEPT_BYTES = 2**28
+"""Assembled blocks kept for the next round."""
+
+COPIES = 6
+"""Arrays as large as a holder's parameters that a step touches: themselves, gradient, noise, …"""
+
+LARGEST_BLOCK = 2**29
+"""The same of a block on a CPU at most, however few holders that is."""
+
+MOST, FEWEST, SEVERAL = 256, 32, 4
+"""Holders in a job at most; holders that make a job worth its overhead; jobs come in fours."""
+
+USUAL = 64
+"""Numbers that layers keep of one unit, where that could not be measured."""
+
+UNLIKE = 4
+"""Holders of less than one in so many of the largest one's size get a block of their own."""
+
+_INITIAL = Lock()
+"""Models are initialised from torch's one global generator."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One holder's part in a round.
+
+    Args:
+        holder: its name; its random streams are named after it.
+        data: key of its data.
+        plan: what it is asked to do.
+        point: which model it starts from, and whose sum its update enters; a sweep has several.
+    """
+
+    holder: str
+    data: str
+    plan: TrainingPlan
+    point: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How to cut a round into jobs, for holders like the one that was looked at.
+
+    Args:
+        holders: in a job at most.
+        a_unit: numbers that the model's layers keep of one unit during a pass, roughly.
+    """
+
+    holders: int
+    a_unit: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker does at a time.
+
+    Args:
+        assignments: of one round, all with or all without privacy and with one optimizer.
+        number: of the round.
+        parameters: shared, of each point: [P, D] float32.
+        private: private parameters of those assignments that have some already, by position.
+        individually: whether every update is wanted, or only their sum.
+        a_unit: as in :class:`Cut`.
+    """
+
+    assignments: Sequence[Assignment]
+    number: int
+    parameters: Tensor
+    private: Mapping[int, Private] = field(default_factory=dict)
+    individually: bool = False
+    a_unit: int = USUAL
+
+
+@dataclass
+class Total:
+    """A weighted sum of updates; neither order nor grouping of the terms changes a bit.
+
+    Args:
+        sum: Σ weight · update, [D].
+        weight: Σ weight.
+    """
+
+    sum: ExactSum
+    weight: Fraction = Fraction(0)
+
+    def add(self, vector: Tensor, weight: float) -> None:
+        """Add a term: some weighted updates' sum, [D] float64, and the sum of their weights."""
+        self.sum.add(vector)
+        self.weight += Fraction(weight)
+
+    def merge(self, other: Total) -> None:
+        """Add another's terms."""
+        self.sum.merge(other.sum)
+        self.weight += other.weight
+
+    def mean(self) -> Tensor:
+        """The weighted mean, [D] float64."""
+        return self.sum.total() / float(self.weight)
+
+
+Totals = dict[int, Total]
+"""Weighted sums by point."""
+
+
+def merged(parts: Iterable[Totals]) -> Totals:
+    """The sums of all terms, in new objects."""
+    together: Totals = {}
+    for part in parts:
+        for point, total in part.items():
+            if point not in together:
+                together[point] = Total(ExactSum(total.sum.dimension))
+            together[point].merge(total)
+    return together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Args:
+        totals: by point. Workers may hand over the totals of several jobs with the last of these:
+            only the sum over all jobs of a call means something.
+        singles: position of an assignment → its update [D], where it is not in a total: because
+            it was wanted, or because it is not one that the plan allows.
+        weights: of these, by position.
+        private: position of an assignment → its private parameters.
+        failed: position of an assignment whose data or loss broke → the error's type.
+    """
+
+    totals: Totals = field(default_factory=dict)
+    singles: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
+    private: dict[int, Private] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+Judged = dict[str, float] | str
+"""A holder's metrics, or the type of the error that they ended in."""
+
+
+class BlockTrainer:
+    """Trains and judges blocks; keeps the stacked model and assembled blocks warm.
+
+    One thread at a time may use it.
+
+    Args:
+        task: what is learned.
+        data: every holder's, by key; made on demand perhaps.
+        device: of models and data.
+    """
+
+    def __init__(self, task: Task, data: Mapping[str, HolderData], device: torch.device) -> None:
+        self._task, self._data, self._device = task, data, device
+        self._model = StackedModel(task, device)
+        self._blocks = _Shelf(KEPT_BYTES)
+
+    @property
+    def dimension(self) -> int:
+        """D, the number of shared parameters."""
+        return self._model.dimension
+
+    def measure(self, assignment: Assignment) -> Cut:
+        """How many holders like this one to train at once; the same for any number of workers.
+
+        Their parameters, gradients and activations should stay in a CPU's cache between two
+        layers; on a GPU they may fill its memory.
+
+        Raises:
+            ConfigurationError: a unit's loss depends on who else is in the batch.
+        """
+        try:
+            units = self._data[assignment.data].train.to(self._device)
+            if not len(units):
+                return Cut(FEWEST, USUAL)
+            with _INITIAL:
+                model = self._task.model(len(units)).to(self._device)
+            require_separate_units(self._task, model, units)
+            a_unit = self._model.numbers_a_unit(units)
+        except SottoError:
+            raise
+        except Exception:  # this holder's own data; it will be told apart when it is asked
+            return Cut(FEWEST, USUAL)
+        width = max(1.0, assignment.plan.sampling_rate * len(units))
+        bytes_each = 4 * (COPIES * self._model.dimension + int(2 * width * a_unit))
+        return Cut(_holders_at_once(self._device, bytes_each), a_unit)
+
+    def train(self, job: Job) -> Outcome:
+        """Train every assignment of a job."""
+        outcome = Outcome()
+
+        def do(part: Sequence[int]) -> None:
+            self._train_block(job, part, outcome)
+
+        outcome.failed.update(self._each_part(job, "train", do))
+        return outcome
+
+    def evaluate(self, job: Job) -> list[Judged]:
+        """Metrics of each assignment's holder, of the shared parameters that it starts from."""
+        found: dict[int, Judged] = {}
+
+        def do(part: Sequence[int]) -> None:
+            found.update(zip(part, self._judge(job, part), strict=True))
+
+        found.update(self._each_part(job, "test", do))
+        return [found[position] for position in range(len(job.assignments))]
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _each_part(
+        self, job: Job, half: str, do: Callable[[Sequence[int]], None]
+    ) -> dict[int, str]:
+        """Do every block of a job; where one fails, its holders one by one.
+
+        So one holder's data cost that holder its round, as in a deployment, and nobody else.
+
+        Returns:
+            Position of an assignment that fails by itself → the error's type.
+        """
+        failed: dict[int, str] = {}
+        sizes: dict[int, int] = {}
+        for position, one in enumerate(job.assignments):
+            with self._failing(one, position, failed):
+                sizes[position] = len(getattr(self._data[one.data], half))
+        for part in _alike(sizes):
+            try:
+                do(part)
+            except SottoError:
+                raise  # about the task or the plan, and so about everybody
+            except Exception:
+                for position in part:
+                    with self._failing(job.assignments[position], position, failed):
+                        do([position])
+        return failed
+
+    @contextmanager
+    def _failing(
+        self, assignment: Assignment, position: int, failed: dict[int, str]
+    ) -> Iterator[None]:
+        try:
+            yield
+        except SottoError:
+            raise
+        except Exception as error:
+            logger.exception("%s failed", assignment.holder)
+            failed[position] = type(error).__name__
+
+    def _train_block(self, job: Job, part: Sequence[int], outcome: Outcome) -> None:
+        chosen = [job.assignments[position] for position in part]
+        block = self._block(job, part, "train")
+        classes = [max(1, size) for size in block.sizes]
+        keys = [
+            simulation_key("simulation", one.plan.seed, one.holder, job.number) for one in chosen
+        ]
+        own = self._private(job, part)
+        updates, private = train(
+            self._model,
+            block,
+            Terms.of([one.plan for one in chosen], classes, self._device),
+            self._starts(job, part),
+            _stacked(own, self._device),
+            block_randomness(keys, self._device),
+            a_unit=job.a_unit,
+        )
+        if private:
+            outcome.private.update(zip(part, _cut(private, own), strict=True))
+        self._sum(job, part, updates, classes, outcome)
+
+    def _judge(self, job: Job, part: Sequence[int]) -> Sequence[dict[str, float]]:
+        held_out = self._block(job, part, "test")
+        if not len(held_out.units):
+            nothing = self._task.evaluate(self._task.model(1), held_out.units)
+            return [nothing] * len(part)
+        private = _stacked(self._private(job, part), self._device)
+        predictions = predict(self._model, held_out, self._starts(job, part), private)
+        return self._task.metrics_by_holder(predictions, held_out.in_order(), held_out.sizes)
+
+    def _sum(
+        self,
+        job: Job,
+        part: Sequence[int],
+        updates: Tensor,
+        classes: Sequence[int],
+        outcome: Outcome,
+    ) -> None:
+        """Put updates that the plan allows into the totals, and all others aside."""
+        plans = [job.assignments[position].plan for position in part]
+        weights = [plan.weight(size) for plan, size in zip(plans, classes, strict=True)]
+        norms = torch.linalg.vector_norm(updates, dim=1)
+        allowed = (norms <= _bounds(plans, self.dimension).to(self._device)).tolist()
+        summed: dict[int, list[int]] = {}
+        for row, position in enumerate(part):
+            if job.individually or not allowed[row]:
+                outcome.singles[position] = updates[row].cpu()
+                outcome.weights[position] = weights[row]
+            else:
+                summed.setdefault(job.assignments[position].point, []).append(row)
+        for point, rows in summed.items():
+            some = updates if len(rows) == len(part) else updates[rows]
+            shares = torch.tensor([weights[row] for row in rows], dtype=torch.float64)
+            total = outcome.totals.setdefault(point, Total(ExactSum(self.dimension)))
+            total.add(_weighted_sum(some, shares), float(shares.sum()))
+
+    def _block(self, job: Job, part: Sequence[int], half: str) -> Block:
+        """The units of some assignments, side by side; holders that share data share its rows."""
+        keys = [job.assignments[position].data for position in part]
+        name = (half, *keys)
+        block = self._blocks.get(name)
+        if block is None:
+            distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+            examples = [getattr(self._data[key], half) for key in distinct]
+            which = [distinct[key] for key in keys]
+            block = Block.of(examples, self._task.padding, self._device, which)
+            self._blocks.put(name, block)
+        return block
+
+    def _starts(self, job: Job, part: Sequence[int]) -> Tensor:
+        """Shared parameters that each holder begins with: [H, D]."""
+        points = [job.assignments[position].point for position in part]
+        parameters = job.parameters.to(self._device)
+        if len(set(points)) == 1:
+            return parameters[points[0]].expand(len(points), -1)
+        return parameters[points]
+
+    def _private(self, job: Job, part: Sequence[int]) -> list[Private]:
+        """What each holder keeps from its last round, or starts with as in the Opacus path."""
+        if not self._task.private_parameters:
+            return [{}] * len(part)
+        return [
+            job.private.get(position) or self._initial(job.assignments[position])
+            for position in part
+        ]
+
+    def _initial(self, assignment: Assignment) -> Private:
+        units = len(self._data[assignment.data].train)
+        seed = derived_seed("private", assignment.plan.seed, assignment.holder)
+        with _INITIAL, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return private_of(self._task, self._task.model(units))
+
+
+class Workers(Protocol):
+    """Computes jobs, several at once perhaps."""
+
+    def measure(self, assignment: Assignment) -> Cut:
+        """See :meth:`BlockTrainer.measure`."""
+        ...
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """The outcome of every job, in their order."""
+        ...
+
+    def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
+        """The metrics of every job's assignments, in their order."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and machines."""
+        ...
+
+
+class Threads:
+    """Workers in this process: torch lets go of Python's lock while it computes.
+
+    Args:
+        make: a trainer for one thread.
+        number: how many threads; None for as many as torch would use.
+    """
+
+    def __init__(self, make: Callable[[], BlockTrainer], number: int | None = None) -> None:
+        self._number = number or torch.get_num_threads()
+        self._make = make
+        self._idle: SimpleQueue[BlockTrainer] = SimpleQueue()
+        self._idle.put(make())
+        self._pool = ThreadPoolExecutor(
+            self._number, initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def measure(self, assignment: Assignment) -> Cut:
+        """See :meth:`BlockTrainer.measure`."""
+        return self._with_trainer(lambda trainer: trainer.measure(assignment))
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """The outcome of every job, in their order."""
+        return self._each(lambda trainer, job: trainer.train(job), jobs)
+
+    def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
+        """The metrics of every job's assignments, in their order."""
+        return self._each(lambda trainer, job: trainer.evaluate(job), jobs)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _each(
+        self, call: Callable[[BlockTrainer, Job], _Result], jobs: Sequence[Job]
+    ) -> Iterator[_Result]:
+        def work(job: Job) -> _Result:
+            return self._with_trainer(lambda trainer: call(trainer, job))
+
+        if self._number == 1 or len(jobs) == 1:
+            return map(work, jobs)
+        return self._pool.map(work, jobs)
+
+    def _with_trainer(self, call: Callable[[BlockTrainer], _Result]) -> _Result:
+        try:
+            trainer = self._idle.get_nowait()
+        except Empty:
+            trainer = self._make()
+        try:
+            return call(trainer)
+        finally:
+            self._idle.put(trainer)
+
+
+def jobs_of(
+    assignments: Sequence[Assignment],
+    cut: Cut,
+    number: int,
+    parameters: Tensor,
+    private: Mapping[int, Private] | None = None,
+    *,
+    individually: bool = False,
+) -> list[Job]:
+    """Cut a round's assignments into jobs of about equal size.
+
+    Args:
+        assignments: of the whole round.
+        cut: how large jobs may be.
+        number: of the round.
+        parameters: [P, D].
+        private: private parameters by position in ``assignments``.
+        individually: see :class:`Job`.
+    """
+    count = math.ceil(len(assignments) / cut.holders)
+    if count > 1 or len(assignments) >= SEVERAL * FEWEST:
+        # A multiple of the usual numbers of workers, so that none waits for another's last job.
+        count = math.ceil(count / SEVERAL) * SEVERAL
+    ends = [round(place * len(assignments) / max(1, count)) for place in range(count + 1)]
+    known = private or {}
+    return [
+        Job(
+            assignments[start:end],
+            number,
+            parameters,
+            {place - start: known[place] for place in range(start, end) if place in known},
+            individually,
+            cut.a_unit,
+        )
+        for start, end in pairwise(ends)
+        if start < end
+    ]
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+class _Shelf:
+    """Blocks that were assembled, as many as there is room for.
+
+    Nothing is thrown out for a newcomer: rounds ask for the same blocks in the same order, and
+    then a shelf that forgets the oldest would forget each one just before it is asked for.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._blocks: dict[tuple[str, ...], Block] = {}
+
+    def get(self, name: tuple[str, ...]) -> Block | None:
+        """The block of that name, if it is here."""
+        return self._blocks.get(name)
+
+    def put(self, name: tuple[str, ...], block: Block) -> None:
+        """Keep a block, if there is room."""
+        tensors = block.units.tensors.values()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if size <= self._room:
+            self._room -= size
+            self._blocks[name] = block
+
+
+def _alike(sizes: Mapping[int, int]) -> list[list[int]]:
+    """Positions of assignments, given with their sizes, in blocks of similar ones.
+
+    A block is as wide as its largest holder, so holders of a tenth of its size waste nine tenths.
+    """
+    order = sorted(sizes, key=lambda position: (-sizes[position], position))
+    blocks: list[list[int]] = []
+    for position in order:
+        if blocks and sizes[position] * UNLIKE >= sizes[blocks[-1][0]]:
+            blocks[-1].append(position)
+        else:
+            blocks.append([position])
+    return [sorted(block) for block in blocks]
+
+
+def _bounds(plans: Sequence[TrainingPlan], dimension: int) -> Tensor:
+    """The norm that each plan allows an update: [H] float32."""
+    distinct = {id(plan): plan for plan in plans}
+    bound = {key: plan.largest_update_norm(dimension) for key, plan in distinct.items()}
+    return torch.tensor([bound[id(plan)] for plan in plans])
+
+
+def _weighted_sum(updates: Tensor, weights: Tensor) -> Tensor:
+    """Σ_h weights[h] · updates[h] in double precision: [H, D], [H] → [D]."""
+    if bool((weights == 1).all()):
+        return updates.sum(0, dtype=torch.float64)
+    return (updates.double() * weights.to(updates.device).unsqueeze(1)).sum(0)
+
+
+def _stacked(own: Sequence[Private], device: torch.device) -> dict[str, Tensor]:
+    """Private parameters of H holders side by side, the smaller filled up with zeros: [H, ...]."""
+    return {name: _padded([each[name] for each in own]).to(device) for name in own[0]}
+
+
+def _padded(values: Sequence[Tensor]) -> Tensor:
+    widest = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+    stacked = values[0].new_zeros(len(values), *widest)
+    for row, value in zip(stacked, values, strict=True):
+        row[tuple(slice(size) for size in value.shape)] = value
+    return stacked
+
+
+def _cut(private: Weights, own: Sequence[Private]) -> list[Private]:
+    """Inverse of :func:`_stacked`, on the CPU; ``own`` gives the sizes."""
+    here = {name: value.cpu() for name, value in private.items()}
+    return [
+        {
+            name: value[row][tuple(slice(size) for size in each[name].shape)].clone()
+            for name, value in here.items()
+        }
+        for row, each in enumerate(own)
+    ]
+
+
+def _holders_at_once(device: torch.device, bytes_each: int) -> int:
+    """How many holders of that size a block has."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(1, free // 2 // bytes_each)
+    # Too few would spend their time on Python; too many, of large models, would not fit.
+    wanted = max(FEWEST, CACHE_BYTES // bytes_each)
+    return max(1, min(MOST, wanted, LARGEST_BLOCK // bytes_each))
