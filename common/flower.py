@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import count
 from uuid import uuid4
 
 from flwr.app import Error, Message, RecordDict
@@ -31,6 +32,9 @@ __all__ = [
 
 COORDINATOR_NODE_ID = 1
 
+_PROCESS, _NUMBERS = uuid4().hex, count()
+"""Together an id that nobody else gives, at a tenth of the price of another UUID."""
+
 
 def set_identity(run_id: int) -> None:
     """Make ``Message(...)`` work in this process: it stamps the sender's identity."""
@@ -41,7 +45,7 @@ def set_identity(run_id: int) -> None:
 
 def stamp(message: Message, message_id: str | None = None) -> str:
     """Give ``message`` an id (a fresh one unless given) and return it."""
-    chosen = message_id or uuid4().hex
+    chosen = message_id or f"{_PROCESS}-{next(_NUMBERS)}"
     message.metadata.__dict__["_message_id"] = chosen
     return chosen
 

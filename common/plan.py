@@ -108,11 +108,16 @@ class Privacy(Frozen):
         sigma = noise_multiplier(sampling_rate, steps, self.epsilon, self.delta)
         return self.model_copy(update={"noise_multiplier": sigma})
 
-    def guarantee(self) -> str:
-        """The guarantee in one sentence: unit, neighbouring relation, δ, adversary."""
+    def guarantee(self, epsilon: str = "") -> str:
+        """The guarantee in one sentence: unit, neighbouring relation, δ, adversary.
+
+        Args:
+            epsilon: what to write for ε; its value if left out.
+        """
+        figure = epsilon or f"{self.epsilon:g}"
         return (
             f"For each {self.unit} at each holder, everything that leaves the holder in this run "
-            f"is ({self.epsilon:g}, {self.delta:g})-differentially private under adding or "
+            f"is ({figure}, {self.delta:g})-differentially private under adding or "
             f"removing that {self.unit}, against a {self.adversary} that sees every update and "
             "against whoever gets the model."
         )

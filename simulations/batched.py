@@ -266,12 +266,13 @@ def _samples(block: Block, terms: Terms, streams: Streams) -> Iterator[_Sample]:
         widest = counts.amax(0).tolist()
         index, inside = _packed(taken, counts, max(widest))
     idle = _idle(terms, counts)
+    rows, counted = index + block.first.view(-1, 1, 1), inside.float()
+    numbers = counts.float()
     for step, width in enumerate(widest):
-        rows = block.first.unsqueeze(1) + index[:, step, :width]
         yield _Sample(
-            rows,
-            inside[:, step, :width].float(),
-            counts[:, step : step + 1].float(),
+            rows[:, step, :width],
+            counted[:, step, :width],
+            numbers[:, step : step + 1],
             None if idle is None else ~idle[:, step : step + 1],
         )
 

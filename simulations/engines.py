@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from common.errors import ConfigurationError
 from common.tasks.base import HolderData, Task
-from simulations.workers import BlockTrainer, Threads, Workers
+from simulations.processes import Processes
+from simulations.workers import BlockTrainer, InProcess, Workers
 
-__all__ = ["BLOCK_ENGINES", "ENGINES", "workers_for"]
+__all__ = ["BLOCK_ENGINES", "ENGINES", "engine_running", "workers_for"]
 
 BLOCK_ENGINES = ("batched", "ray")
 """Engines that stack many holders: in this process, or on a Ray cluster."""
@@ -48,4 +50,17 @@ def workers_for(
         from simulations.ray import RayWorkers
 
         return RayWorkers(task, data, device, address)
-    return Threads(lambda: BlockTrainer(task, data, device), 1 if device.type == "cuda" else None)
+    trainer = BlockTrainer(task, data, device)
+    return InProcess(trainer) if device.type == "cuda" else Processes(trainer)
+
+
+@contextmanager
+def engine_running(engine: str, address: str | None = None) -> Iterator[None]:
+    """Keep up what an engine's workers share, so that not every run of an experiment starts it."""
+    if engine == "ray":
+        from simulations.ray import cluster
+
+        with cluster(address):
+            yield
+    else:
+        yield

@@ -22,10 +22,10 @@ from server.app import build_app
 from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
 from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
+from simulations.engines import ENGINES, engine_running, workers_for
 from simulations.faults import Faults, FaultyGrid, RoundFaults
 from simulations.grid import BatchedGrid, in_process
 from simulations.results import Metrics
-from simulations.workers import BlockTrainer, Threads, Workers
 
 __all__ = [
     "Baselines",
@@ -34,10 +34,6 @@ __all__ = [
     "run_experiment",
     "train_baselines",
 ]
-
-ENGINES = ("batched", "opacus", "ray")
-"""Ways to compute a round's local training: stacked blocks in this process (the default), each
-holder's own ClientApp with Opacus, ledger and policy, or stacked blocks on a Ray cluster."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Experiment:
         seeds: of split, initial parameters, sampling and noise.
         holders: how many; None for the source's own number.
         device: where models live.
-        engine: one of :data:`ENGINES`.
+        engine: one of :data:`simulations.engines.ENGINES`.
         address: of the Ray cluster; None starts one on this machine.
         baselines: whether to train each holder alone, and all data pooled, for comparison.
         faults: what goes wrong in the federation, and not in the baselines; None for nothing.
@@ -129,20 +125,21 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
     begin = time.perf_counter()
     runs, local, pooled, names = [], [], [], list[str]()
     happened: list[RoundFaults] = []
-    for number, seed in enumerate(experiment.seeds):
-        plan = experiment.plan.model_copy(update={"seed": seed})
-        tables, data = _data_of(experiment, seed)
-        names = list(data)
-        folder = None
-        if experiment.folder is not None and number == 0:
-            folder = RunFolder.begin(experiment.folder, plan)
-        report = partial(on_progress, "federation", seed)
-        disturb = _disturbance(experiment.faults, seed, happened)
-        runs.append(_train(experiment, plan, data, report, folder, disturb))
-        if experiment.baselines:
-            alone, together = _baselines(experiment, plan, tables, data, on_progress)
-            local.append(alone)
-            pooled.append(together)
+    with engine_running(experiment.engine, experiment.address):
+        for number, seed in enumerate(experiment.seeds):
+            plan = experiment.plan.model_copy(update={"seed": seed})
+            tables, data = _data_of(experiment, seed)
+            names = list(data)
+            folder = None
+            if experiment.folder is not None and number == 0:
+                folder = RunFolder.begin(experiment.folder, plan)
+            report = partial(on_progress, "federation", seed)
+            disturb = _disturbance(experiment.faults, seed, happened)
+            runs.append(_train(experiment, plan, data, report, folder, disturb))
+            if experiment.baselines:
+                alone, together = _baselines(experiment, plan, tables, data, on_progress)
+                local.append(alone)
+                pooled.append(together)
     baselines = Baselines(local, pooled) if experiment.baselines else None
     seconds = time.perf_counter() - begin
     return ExperimentResult(experiment, names, runs, baselines, seconds, happened)
@@ -229,20 +226,13 @@ def _grid(
         with in_process(experiment.task, plan, data, experiment.device) as grid:
             yield grid
         return
-    workers = _workers(experiment, data)
+    workers = workers_for(
+        experiment.engine, experiment.task, data, experiment.device, experiment.address
+    )
     try:
         yield BatchedGrid(list(data), workers)
     finally:
         workers.close()
-
-
-def _workers(experiment: Experiment, data: Mapping[str, HolderData]) -> Workers:
-    task, device = experiment.task, experiment.device
-    if experiment.engine == "ray":
-        from simulations.ray import RayWorkers
-
-        return RayWorkers(task, data, device, experiment.address)
-    return Threads(lambda: BlockTrainer(task, data, device), 1 if device.type == "cuda" else None)
 
 
 def _alone(

@@ -8,11 +8,11 @@ only: that is the Task contract, and clipping rests on it too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -27,22 +27,6 @@ from common.tasks.parameters import named_shared
 from simulations.layers import Call, Rule, Weights, rule_for
 
 __all__ = ["StackedModel"]
-
-
-class _Tap(torch.autograd.Function):
-    """The identity; on the way back it notes the gradient of a layer's output."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, call: Call, holders: int) -> Tensor:
-        """Args: output of the layer, a scalar that needs a gradient, where to note it, H."""
-        del anchor
-        ctx.call, ctx.holders = call, holders
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.call.grad = grads[0].reshape(ctx.holders, -1, *grads[0].shape[1:])
-        return grads[0], None, None, None
 
 
 @dataclass(frozen=True)
@@ -71,35 +55,61 @@ class _StackedLayer:
         self.name, self.rule, self.slots = name, rule, slots
         self.weights: Weights = {}
         self.calls: list[Call] = []
-        self.holders, self.rows = 0, 0
-        self._anchor: Tensor | None = None
+        self._outputs: list[tuple[Tensor, int]] = []
+        self._holders, self._rows = 0, 0
+        self._training = False
 
-    def bind(self, parameters: Tensor, anchor: Tensor | None) -> None:
-        """Use these parameters, [H, D], from now on; note gradients if there is an anchor."""
-        self.weights = {name: slot.view(parameters) for name, slot in self.slots.items()}
-        self.holders, self._anchor = len(parameters), anchor
+    def bind(self, parameters: Tensor, *, training: bool) -> None:
+        """Use these parameters, [H, D], from now on; note calls in training."""
+        self.rule.layer.train(training)
+        self.weights = self.views(parameters)
+        self._holders, self._training = len(parameters), training
+
+    def views(self, flat: Tensor) -> Weights:
+        """This layer's part of [H, D], by parameter."""
+        return {name: slot.view(flat) for name, slot in self.slots.items()}
 
     def expect(self, rows: int) -> None:
         """Forget earlier calls; the next batch has so many rows."""
-        self.calls, self.rows = [], rows
+        self.calls, self._outputs, self._rows = [], [], rows
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return self.rule.forward(self.weights, self.holders, self._record, *inputs, **named)
+        return self.rule.forward(self.weights, self._holders, self._record, *inputs, **named)
 
     def _record(self, output: Tensor, saved: Mapping[str, Tensor], about: object = None) -> Tensor:
-        if len(output) != self.rows:
+        if output.shape[0] != self._rows:
             raise ConfigurationError(
-                f"layer {self.name!r} got {len(output)} rows for {self.rows} units; keep "
+                f"layer {self.name!r} got {output.shape[0]} rows for {self._rows} units; keep "
                 "dimension 0 of every layer's input for the unit, as in [B, T, d] and not [B*T, d]"
             )
-        if self._anchor is None:
-            return output
-        call = Call(saved, about)
-        self.calls.append(call)
-        tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
-            output, self._anchor, call, self.holders
-        )
-        return tapped
+        if self._training:
+            if not output.requires_grad:
+                output.requires_grad_()  # the first layer's: data and parameters need none
+            self.calls.append(Call(saved, about))
+            self._outputs.append((output, output._version))
+        return output
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """Of every call.
+
+        Raises:
+            ConfigurationError: one was changed since, so that its gradient would be another's.
+        """
+        if any(output._version != version for output, version in self._outputs):
+            raise ConfigurationError(
+                f"the output of layer {self.name!r} is changed in place; use an operation that "
+                "makes a new tensor, or --engine opacus"
+            )
+        return [output for output, _ in self._outputs]
+
+    def receive(self, gradients: Iterable[Tensor | None]) -> None:
+        """Note the gradient of each output, and let go of the graph."""
+        for call, gradient in zip(self.calls, gradients, strict=True):
+            if gradient is not None:
+                shape = (self._holders, self._rows // self._holders, *gradient.shape[1:])
+                call.grad = gradient.reshape(shape)
+        self._outputs = []
 
     @property
     def reached(self) -> list[Call]:
@@ -126,14 +136,14 @@ class StackedModel:
         with torch.random.fork_rng(devices=[]):
             self.template = task.model(1).to(device)
         check_model(self.template)
-        if any(
-            isinstance(module, nn.TransformerEncoderLayer) for module in self.template.modules()
-        ):
-            # Its shortcut in evaluation reads its layers' parameters instead of calling them.
-            torch.backends.mha.set_fastpath_enabled(False)
+        for module in self.template.modules():
+            if getattr(module, "inplace", False):
+                setattr(module, "inplace", False)  # noqa: B010 - the same numbers in a new tensor
+            if isinstance(module, nn.TransformerEncoderLayer):
+                # Its shortcut in evaluation reads its layers' parameters instead of calling them.
+                torch.backends.mha.set_fastpath_enabled(False)
         slots = _shared_slots(task, self.template)
         self.dimension = sum(slot.shape.numel() for slot in slots.values())
-        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._layers: list[_StackedLayer] = []
         self._private_layers: list[_PrivateLayer] = []
         self._private: dict[str, Tensor] = {}
@@ -150,8 +160,7 @@ class StackedModel:
         """
         self.template.train(training)
         for layer in self._layers:
-            layer.rule.layer.train(training)
-            layer.bind(parameters, self._anchor if training else None)
+            layer.bind(parameters, training=training)
         self._private = {
             name: value.detach().requires_grad_(training) for name, value in private.items()
         }
@@ -188,12 +197,14 @@ class StackedModel:
                 f"the loss of task {self.task.name!r} has shape {list(losses.shape)}, expected "
                 f"one value for each of {rows} units"
             )
-        leaves = [self._anchor, *self._private.values()]
-        # The anchor's gradient is nothing; asking for it makes every layer note its own.
-        _, *private = torch.autograd.grad(losses, leaves, counted.flatten(), allow_unused=True)
+        outputs = [layer.outputs for layer in self._layers]
+        wanted = [*chain.from_iterable(outputs), *self._private.values()]
+        found = iter(torch.autograd.grad(losses, wanted, counted.flatten(), allow_unused=True))
+        for layer, own in zip(self._layers, outputs, strict=True):
+            layer.receive(list(islice(found, len(own))))
         return {
             name: torch.zeros_like(value) if grad is None else grad
-            for (name, value), grad in zip(self._private.items(), private, strict=True)
+            for (name, value), grad in zip(self._private.items(), found, strict=True)
         }
 
     def square_norms(self) -> Tensor:
@@ -220,8 +231,7 @@ class StackedModel:
         """
         for layer in self._layers:
             if calls := layer.reached:
-                sums = {name: slot.view(into) for name, slot in layer.slots.items()}
-                layer.rule.add_sums(layer.weights, calls, factors, sums)
+                layer.rule.add_sums(layer.weights, calls, factors, layer.views(into))
 
     def numbers_a_unit(self, data: Examples) -> int:
         """How many numbers the layers keep of one unit during a pass, roughly.

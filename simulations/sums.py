@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simulations.travel import Travels
+
 __all__ = ["ExactSum"]
 
 HIGH_SCALE = 2.0**10
@@ -13,7 +15,7 @@ LARGEST_TERM = 2.0**32
 """Magnitude of a term's coordinates; 2^20 such terms fit."""
 
 
-class ExactSum:
+class ExactSum(Travels):
     """Σ of vectors in fixed point, so that neither order nor grouping changes a bit.
 
     Floating-point addition rounds, so a sum depends on which worker was done first. Here each

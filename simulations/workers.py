@@ -1,4 +1,4 @@
-"""Who computes a round's blocks: the trainer of one block, and a pool of threads of them.
+"""Who computes a round's blocks: the trainer of one block, and workers that share them.
 
 A round's holders are cut into jobs; a job is trained as one block (or a few, where its holders
 differ much in size), and its updates are summed where they are made. How holders are cut depends
@@ -11,14 +11,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
-from queue import Empty, SimpleQueue
-from threading import Lock
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,16 +31,17 @@ from simulations.layers import Weights
 from simulations.randomness import block_randomness
 from simulations.stack import StackedModel
 from simulations.sums import ExactSum
+from simulations.travel import Travels
 
 __all__ = [
     "Assignment",
     "BlockTrainer",
     "Cut",
+    "InProcess",
     "Job",
     "Judged",
     "Outcome",
     "Private",
-    "Threads",
     "Total",
     "Totals",
     "Workers",
@@ -52,8 +50,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("sotto.simulation")
-
-_Result = TypeVar("_Result")
 
 Private = Mapping[str, Tensor]
 """One holder's private parameters by name."""
@@ -70,17 +66,14 @@ COPIES = 6
 LARGEST_BLOCK = 2**29
 """The same of a block on a CPU at most, however few holders that is."""
 
-MOST, FEWEST, SEVERAL = 256, 32, 4
-"""Holders in a job at most; holders that make a job worth its overhead; jobs come in fours."""
+MOST, FEWEST, SEVERAL = 256, 64, 2
+"""Holders in a job at most; holders that make a job worth its overhead; jobs come in twos."""
 
 USUAL = 64
 """Numbers that layers keep of one unit, where that could not be measured."""
 
 UNLIKE = 4
 """Holders of less than one in so many of the largest one's size get a block of their own."""
-
-_INITIAL = Lock()
-"""Models are initialised from torch's one global generator."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(Travels):
     """What one worker does at a time.
 
     Args:
@@ -177,7 +170,7 @@ def merged(parts: Iterable[Totals]) -> Totals:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Travels):
     """What came of a job.
 
     Args:
@@ -203,8 +196,6 @@ Judged = dict[str, float] | str
 
 class BlockTrainer:
     """Trains and judges blocks; keeps the stacked model and assembled blocks warm.
-
-    One thread at a time may use it.
 
     Args:
         task: what is learned.
@@ -235,8 +226,7 @@ class BlockTrainer:
             units = self._data[assignment.data].train.to(self._device)
             if not len(units):
                 return Cut(FEWEST, USUAL)
-            with _INITIAL:
-                model = self._task.model(len(units)).to(self._device)
+            model = self._task.model(len(units)).to(self._device)
             require_separate_units(self._task, model, units)
             a_unit = self._model.numbers_a_unit(units)
         except SottoError:
@@ -396,7 +386,7 @@ class BlockTrainer:
     def _initial(self, assignment: Assignment) -> Private:
         units = len(self._data[assignment.data].train)
         seed = derived_seed("private", assignment.plan.seed, assignment.holder)
-        with _INITIAL, torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return private_of(self._task, self._task.model(units))
 
@@ -417,62 +407,34 @@ class Workers(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of threads and machines."""
+        """Let go of processes and machines."""
         ...
 
 
-class Threads:
-    """Workers in this process: torch lets go of Python's lock while it computes.
+class InProcess:
+    """Workers that are one: this process does every job when its outcome is asked for.
 
     Args:
-        make: a trainer for one thread.
-        number: how many threads; None for as many as torch would use.
+        trainer: does them.
     """
 
-    def __init__(self, make: Callable[[], BlockTrainer], number: int | None = None) -> None:
-        self._number = number or torch.get_num_threads()
-        self._make = make
-        self._idle: SimpleQueue[BlockTrainer] = SimpleQueue()
-        self._idle.put(make())
-        self._pool = ThreadPoolExecutor(
-            self._number, initializer=torch.set_num_threads, initargs=(1,)
-        )
+    def __init__(self, trainer: BlockTrainer) -> None:
+        self._trainer = trainer
 
     def measure(self, assignment: Assignment) -> Cut:
         """See :meth:`BlockTrainer.measure`."""
-        return self._with_trainer(lambda trainer: trainer.measure(assignment))
+        return self._trainer.measure(assignment)
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """The outcome of every job, in their order."""
-        return self._each(lambda trainer, job: trainer.train(job), jobs)
+        return map(self._trainer.train, jobs)
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
         """The metrics of every job's assignments, in their order."""
-        return self._each(lambda trainer, job: trainer.evaluate(job), jobs)
+        return map(self._trainer.evaluate, jobs)
 
     def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown()
-
-    def _each(
-        self, call: Callable[[BlockTrainer, Job], _Result], jobs: Sequence[Job]
-    ) -> Iterator[_Result]:
-        def work(job: Job) -> _Result:
-            return self._with_trainer(lambda trainer: call(trainer, job))
-
-        if self._number == 1 or len(jobs) == 1:
-            return map(work, jobs)
-        return self._pool.map(work, jobs)
-
-    def _with_trainer(self, call: Callable[[BlockTrainer], _Result]) -> _Result:
-        try:
-            trainer = self._idle.get_nowait()
-        except Empty:
-            trainer = self._make()
-        try:
-            return call(trainer)
-        finally:
-            self._idle.put(trainer)
+        """Nothing to let go of."""
 
 
 def jobs_of(
@@ -495,9 +457,9 @@ def jobs_of(
         individually: see :class:`Job`.
     """
     count = math.ceil(len(assignments) / cut.holders)
-    if count > 1 or len(assignments) >= SEVERAL * FEWEST:
+    if count > 1 or len(assignments) >= FEWEST:
         # A multiple of the usual numbers of workers, so that none waits for another's last job.
-        count = math.ceil(count / SEVERAL) * SEVERAL
+        count = SEVERAL * math.ceil(count / SEVERAL)
     ends = [round(place * len(assignments) / max(1, count)) for place in range(count + 1)]
     known = private or {}
     return [

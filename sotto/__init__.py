@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from common.settings import plan_for
     from common.tasks import Examples, Source, Task, load
     from simulations.experiment import Experiment, ExperimentResult, run_experiment
-    from simulations.results import document
+    from simulations.results import document, sweep_document
+    from simulations.sweep import Setting, Sweep, SweepResult, run_sweep
 
 __all__ = [
     "Examples",
@@ -27,14 +28,19 @@ __all__ = [
     "ExperimentResult",
     "NonPrivate",
     "Privacy",
+    "Setting",
     "SottoError",
     "Source",
+    "Sweep",
+    "SweepResult",
     "Task",
     "TrainingPlan",
     "document",
     "load",
     "plan_for",
     "run_experiment",
+    "run_sweep",
+    "sweep_document",
 ]
 
 _OWNERS = {
@@ -43,14 +49,19 @@ _OWNERS = {
     "ExperimentResult": "simulations.experiment",
     "NonPrivate": "common.plan",
     "Privacy": "common.plan",
+    "Setting": "simulations.sweep",
     "SottoError": "common.errors",
     "Source": "common.tasks",
+    "Sweep": "simulations.sweep",
+    "SweepResult": "simulations.sweep",
     "Task": "common.tasks",
     "TrainingPlan": "common.plan",
     "document": "simulations.results",
     "load": "common.tasks",
     "plan_for": "common.settings",
     "run_experiment": "simulations.experiment",
+    "run_sweep": "simulations.sweep",
+    "sweep_document": "simulations.results",
 }
 
 

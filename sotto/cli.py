@@ -30,6 +30,7 @@ def _application() -> typer.Typer:
     from sotto.keys_commands import app as keys
     from sotto.serve import serve
     from sotto.simulate import simulate
+    from sotto.sweep import sweep
 
     app = typer.Typer(
         name="sotto",
@@ -42,6 +43,7 @@ def _application() -> typer.Typer:
     app.callback()(_common)
     app.command()(demo)
     app.command()(simulate)
+    app.command()(sweep)
     app.command()(serve)
     app.command()(join)
     app.command()(tasks)
@@ -100,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(str(error), EXIT_RUN_FAILED)
     except SottoError as error:
         _fail(str(error), EXIT_USAGE)
+    if result == EXIT_INTERRUPTED:  # typer makes an exit code of Ctrl-C
+        _fail("interrupted", EXIT_INTERRUPTED)
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -1,4 +1,8 @@
-"""Flags that several commands share; each is also a key of ``--config FILE.toml``."""
+"""Flags that several commands share; each is also a key of ``--config FILE.toml``.
+
+There is one table. `sotto sweep` takes lists where the other commands take single values, and its
+flags are made from the same entries.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import inspect
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +20,7 @@ import typer
 
 from common.errors import ConfigurationError
 
-__all__ = ["Output", "Settings", "shared_options"]
+__all__ = ["Output", "Settings", "list_options", "shared_options"]
 
 
 def _option(kind: object, help_text: str, *names: str, panel: str = "Plan", **extra: Any) -> Any:
@@ -63,7 +68,7 @@ _RUN: dict[str, Any] = {
     "baselines": _option(
         bool | None,
         "Also train each holder alone, and all data pooled.",
-        "--baselines",
+        "--baselines/--no-baselines",
         panel="Run",
     ),
     "config": _option(Path | None, "TOML file with any of these flags as keys.", panel="Run"),
@@ -72,6 +77,49 @@ _RUN: dict[str, Any] = {
     "quiet": _option(bool | None, "Plain lines, no live display.", "--quiet", panel="Output"),
 }
 _SHARED = {**_PLAN, **_RUN}
+
+_SINGLE = frozenset({"seed", "evaluate_every", "round_deadline", "no_dp"})
+"""Flags of a plan that are one value in a sweep too: a first seed, and what decides no result."""
+_LISTED = frozenset(_PLAN) - _SINGLE
+
+
+def _kinds(name: str) -> set[type]:
+    """The types of a flag's value."""
+    return {kind for kind in _SHARED[name].__origin__.__args__ if kind is not type(None)}
+
+
+def _as_list(name: str) -> Any:
+    """The same flag for a command that takes lists: text with commas, which we take apart."""
+    (option,), (kind,) = _SHARED[name].__metadata__, _kinds(name)
+    takes = {int: "INTEGER", float: "FLOAT", str: "TEXT"}[kind]
+    return _option(
+        str | None,
+        option.help,
+        *option.param_decls,
+        panel=option.rich_help_panel,
+        metavar=f"{takes},…",
+    )
+
+
+def _elements(name: str, text: str) -> tuple[object, ...]:
+    """The values of a flag like ``0.5,1,2``.
+
+    Raises:
+        ConfigurationError: one of them is not of the flag's type.
+    """
+    (kind,) = _kinds(name)
+    values = []
+    for number, word in enumerate(text.split(","), start=1):
+        try:
+            if not word.strip():
+                raise ValueError
+            values.append(kind(word.strip()))
+        except ValueError:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} {text}: element {number} is {word.strip()!r}, which "
+                f"is not of type {kind.__name__}; give values separated by commas"
+            ) from None
+    return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -101,13 +149,18 @@ class Output:
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ConfigurationError(f"--out {self.out} must be a folder, and is a file")
 
+    def folder_for(self, task: str) -> Path:
+        """:attr:`out`, or a new folder under ``runs/``."""
+        now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        return self.out or Path("runs") / f"{task}-{now}"
+
 
 @dataclass(frozen=True)
 class Settings:
     """What the user asked for, flags over file; None where nothing was said.
 
     Args:
-        plan: keys of ``common.settings.SETTINGS``.
+        plan: keys of ``common.settings.SETTINGS``; in a sweep a value may be a tuple of several.
         source: of the task.
         preprocessing: of the source.
         holders: how many.
@@ -127,16 +180,23 @@ class Settings:
     output: Output = field(default_factory=Output)
 
     @classmethod
-    def merged(cls, flags: Mapping[str, Any]) -> Settings:
+    def merged(cls, flags: Mapping[str, Any], *, lists: bool = False) -> Settings:
         """Flags over the keys of ``--config``.
 
+        Args:
+            flags: name → value, None where nothing was said.
+            lists: whether settings of the plan may be lists: text with commas as a flag, an array
+                in the file. Baselines are on then, unless they are declined.
+
         Raises:
-            ConfigurationError: the file is not TOML or has a key that is no flag, or there is
-                nothing to run.
+            ConfigurationError: the file is not TOML or has a key that is no flag, a value is not
+                of its flag's type, or there is nothing to run.
         """
         given = {name: value for name, value in flags.items() if value is not None}
         path = given.pop("config", None)
-        values = {**(_read(Path(path)) if path else {}), **given}
+        if lists:
+            given |= {name: _elements(name, given[name]) for name in _LISTED & set(given)}
+        values = {**(_read(Path(path), lists=lists) if path else {}), **given}
         out, seeds = values.get("out"), values.get("seeds", 1)
         if seeds < 1:
             raise ConfigurationError(f"seeds must be at least 1, got {seeds}")
@@ -147,7 +207,7 @@ class Settings:
             holders=values.get("holders"),
             seeds=seeds,
             device=values.get("device", "auto"),
-            baselines=values.get("baselines", False),
+            baselines=values.get("baselines", lists),
             output=Output(
                 json=values.get("json"),
                 out=Path(out) if out else None,
@@ -156,14 +216,14 @@ class Settings:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, lists: bool) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigurationError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"--config {path} is not TOML: {error}") from None
-    read = {}
+    read: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in _SHARED or name == "config":
@@ -174,13 +234,16 @@ def _read(path: Path) -> dict[str, Any]:
             raise ConfigurationError(
                 f"--config {path}: there is no key {key!r}.{hint} There are: {there}"
             )
-        read[name] = _typed(path, name, value)
+        if lists and name in _LISTED and isinstance(value, list) and value:
+            read[name] = tuple(_typed(path, name, element) for element in value)
+        else:
+            read[name] = _typed(path, name, value)
     return read
 
 
 def _typed(path: Path, name: str, value: object) -> object:
     """The value if it has the flag's type; a bool is no number and a list is nothing."""
-    wanted = {kind for kind in _SHARED[name].__origin__.__args__ if kind is not type(None)}
+    wanted = _kinds(name)
     if wanted & {str, Path} and isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     if float in wanted and isinstance(value, int | float) and not isinstance(value, bool):
@@ -198,6 +261,23 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
 
     The command declares ``settings: Settings`` among its parameters; typer sees the flags.
     """
+    return _with_flags(command, _SHARED, Settings.merged)
+
+
+def list_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for a command that takes lists: every setting of a plan may have several values."""
+    flags = {
+        name: _as_list(name) if name in _LISTED else annotation
+        for name, annotation in _SHARED.items()
+    }
+    return _with_flags(command, flags, partial(Settings.merged, lists=True))
+
+
+def _with_flags(
+    command: Callable[..., None],
+    annotations: Mapping[str, Any],
+    merge: Callable[[Mapping[str, Any]], Settings],
+) -> Callable[..., None]:
     own = [
         parameter
         for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
@@ -205,12 +285,12 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
     ]
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in _SHARED.items()
+        for name, kind in annotations.items()
     ]
 
     @wraps(command)
     def wrapped(**arguments: Any) -> None:
-        settings = Settings.merged({name: arguments.pop(name) for name in _SHARED})
+        settings = merge({name: arguments.pop(name) for name in annotations})
         command(settings=settings, **arguments)
 
     parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
-
-import matplotlib as mpl
-
-mpl.use("Agg")
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,27 +18,10 @@ from common.tasks.base import Task
 from server.rounds import RoundSummary
 from server.runs import RunResult
 from simulations.results import mean_over_holders
+from sotto.page import ACCENT, INK, MUTED, page, svg, table, tidy
 from sotto.show import figure, guarantee
 
 __all__ = ["epsilon_curve", "write_report"]
-
-_INK, _ACCENT, _MUTED = "#1d2433", "#2f6f8f", "#8a93a6"
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1d2433; margin: 0 auto; max-width: 62rem;
-       padding: 2.5rem 1.5rem 4rem; }
-h1 { font-weight: 650; font-size: 1.7rem; margin: 0; }
-h2 { font-weight: 600; font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-p.lead { color: #5b6478; margin: .3rem 0 1.6rem; }
-blockquote { margin: 0; padding: .9rem 1.2rem; background: #eef4f7; border-left: 4px solid #2f6f8f;
-             border-radius: 0 6px 6px 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 24rem; }
-th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #e4e8ef; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; color: #5b6478; }
-svg { max-width: 100%; height: auto; }
-pre { background: #f6f7fa; padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-"""
 
 
 def write_report(
@@ -78,14 +56,8 @@ def write_report(
         _rounds(result.history),
         f"<h2>Plan</h2><pre>{escape(plan.to_toml())}</pre>",
     ]
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width'>"
-        f"<title>Sotto: {escape(plan.task)}</title><style>{_STYLE}</style>"
-        f"<body>{''.join(sections)}</body></html>"
-    )
     path = folder / "report.html"
-    path.write_text(page)
+    path.write_text(page(plan.task, sections))
     return path
 
 
@@ -120,9 +92,9 @@ def _curves(result: RunResult, task: Task) -> str:
         _draw_metric(next(axes), evaluated, task.headline)
     if numbers:
         axis = next(axes)
-        axis.plot(numbers, epsilons, color=_ACCENT, linewidth=2)
+        axis.plot(numbers, epsilons, color=ACCENT, linewidth=2)
         _label(axis, "ε spent by each holder")
-    return f"<h2>Over the rounds (seed {result.plan.seed})</h2>{_svg(drawing)}"
+    return f"<h2>Over the rounds (seed {result.plan.seed})</h2>{svg(drawing)}"
 
 
 def _draw_metric(axis: Any, evaluated: Sequence[RoundSummary], headline: str) -> None:
@@ -130,10 +102,10 @@ def _draw_metric(axis: Any, evaluated: Sequence[RoundSummary], headline: str) ->
     last = {}
     for holder in evaluated[-1].metrics:
         own = [summary.metrics.get(holder, {}).get(headline, np.nan) for summary in evaluated]
-        axis.plot(at, own, color=_MUTED, linewidth=0.8, alpha=0.7)
+        axis.plot(at, own, color=MUTED, linewidth=0.8, alpha=0.7)
         last[holder] = own[-1]
     mean = [mean_over_holders(summary.metrics, headline) for summary in evaluated]
-    axis.plot(at, mean, color=_ACCENT, linewidth=2.2)
+    axis.plot(at, mean, color=ACCENT, linewidth=2.2)
     _label(axis, f"{headline}: mean, and each holder")
     if len(last) <= 8:
         _name_lines(axis, at[-1], {name: y for name, y in last.items() if not np.isnan(y)})
@@ -145,26 +117,14 @@ def _name_lines(axis: Any, x: int, ends: Mapping[str, float]) -> None:
     place = np.inf
     for name, y in sorted(ends.items(), key=lambda item: -item[1]):
         place = min(y, place - 0.05 * (high - low))
-        axis.annotate(f" {name}", (x, place), color=_MUTED, fontsize=7, va="center")
+        axis.annotate(f" {name}", (x, place), color=MUTED, fontsize=7, va="center")
 
 
 def _label(axis: Any, title: str) -> None:
-    axis.set_title(title, loc="left", fontsize=10, color=_INK)
-    axis.set_xlabel("round", color=_MUTED, fontsize=9)
+    axis.set_title(title, loc="left", fontsize=10, color=INK)
+    axis.set_xlabel("round", color=MUTED, fontsize=9)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.tick_params(colors=_MUTED, labelsize=8)
-    axis.grid(axis="y", color="#e4e8ef", linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color("#cfd5e0")
-
-
-def _svg(drawing: Figure) -> str:
-    buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    tidy(axis)
 
 
 def _comparison(written: Mapping[str, Any]) -> str:
@@ -185,7 +145,7 @@ def _comparison(written: Mapping[str, Any]) -> str:
         ]
         for name, value in written["metrics"].items()
     ]
-    return f"<h2>Results</h2>{_table(head, rows)}"
+    return f"<h2>Results</h2>{table(head, rows)}"
 
 
 def _holders(written: Mapping[str, Any], headline: str) -> str:
@@ -193,7 +153,7 @@ def _holders(written: Mapping[str, Any], headline: str) -> str:
     if not per_holder or len(per_holder) > 50:
         return ""
     rows = [[name, figure(value)] for name, value in per_holder.items()]
-    return f"<h2>Each holder</h2>{_table(['holder', headline], rows)}"
+    return f"<h2>Each holder</h2>{table(['holder', headline], rows)}"
 
 
 def _rounds(history: Sequence[RoundSummary]) -> str:
@@ -204,12 +164,4 @@ def _rounds(history: Sequence[RoundSummary]) -> str:
         return ""
     rows = [[name, str(number), why] for number, name, why in missed[:50]]
     more = f"<p>… and {len(missed) - 50} more.</p>" if len(missed) > 50 else ""
-    return f"<h2>Missed rounds</h2>{_table(['holder', 'round', 'why'], rows)}{more}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values)
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+    return f"<h2>Missed rounds</h2>{table(['holder', 'round', 'why'], rows)}{more}"

@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,14 +34,25 @@ if TYPE_CHECKING:  # they need torch
     from common.tasks.base import Task
 
 __all__ = [
+    "SEEDED",
     "LiveTable",
     "Rounds",
     "Screen",
+    "Share",
     "comparison_rows",
     "figure",
     "guarantee",
+    "setting_text",
+    "spread",
+    "sweep_rows",
     "write_json",
 ]
+
+
+SEEDED = (
+    "This was a simulation: its noise was seeded and its metrics are exact; neither is for real "
+    "releases."
+)
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -40,6 +60,13 @@ def figure(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):
         return "–"
     return "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def spread(summary: Mapping[str, Any] | None, *, several: bool, sign: str = " ± ") -> str:
+    """Mean ± standard deviation over seeds, of a metric in a document."""
+    if summary is None:
+        return figure(None)
+    return figure(summary["mean"]) + (f"{sign}{figure(summary['sd'])}" if several else "")
 
 
 def guarantee(plan: TrainingPlan, task: Task, *, simulated: bool) -> str:
@@ -50,11 +77,7 @@ def guarantee(plan: TrainingPlan, task: Task, *, simulated: bool) -> str:
         task: for its caveat.
         simulated: whether the noise was seeded.
     """
-    seeded = (
-        "This was a simulation: its noise was seeded and its metrics are exact; neither is for "
-        "real releases."
-    )
-    parts = (plan.privacy.guarantee(), task.caveat, seeded if simulated else "")
+    parts = (plan.privacy.guarantee(), task.caveat, SEEDED if simulated else "")
     return " ".join(part for part in parts if part)
 
 
@@ -71,6 +94,46 @@ def comparison_rows(written: Mapping[str, Any]) -> tuple[list[str], list[list[st
             *(figure(baselines[kind].get(name)) for kind in baselines),
         ]
         for name, value in written["metrics"].items()
+    ]
+    return columns, rows
+
+
+def setting_text(name: str, value: object) -> str:
+    """A setting's value for people; in a document, ε is null where there is no privacy."""
+    if name == "epsilon" and value is None:
+        return "no DP"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def sweep_rows(written: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a sweep's table: a row for each setting, the headline metric.
+
+    Figures are written without spaces: a narrow terminal would break them there.
+    """
+    several, headline = len(written["seeds"]) > 1, written["headline"]
+    points = written["points"]
+    kinds = list(points[0].get("baselines", {}))
+    failures = any(point["failed"] for point in points)
+    rounds = "rounds" not in written["swept"]  # recommended ones may depend on ε
+    columns = [
+        *("ε" if name == "epsilon" else name.replace("_", " ") for name in written["swept"]),
+        *(["rounds"] if rounds else []),
+        "federation",
+        *kinds,
+        *(["failed"] if failures else []),
+    ]
+    rows = [
+        [
+            *(setting_text(name, value) for name, value in point["settings"].items()),
+            *([str(point["rounds"])] if rounds else []),
+            spread(point["metrics"].get(headline), several=several, sign="±"),
+            *(
+                spread(point["baselines"][kind].get(headline), several=several, sign="±")
+                for kind in kinds
+            ),
+            *([str(len(point["failed"]))] if failures else []),
+        ]
+        for point in points
     ]
     return columns, rows
 
@@ -146,21 +209,21 @@ class LiveTable(AbstractContextManager["LiveTable"]):
             self._screen.say(line)
 
 
-class Rounds(AbstractContextManager["Rounds"]):
-    """Progress of an experiment: one bar over all of its rounds.
+class _Bar(AbstractContextManager["_Bar"]):
+    """A bar with the time left, where the screen is live.
 
     Args:
         screen: where.
-        total: rounds of all stages and seeds.
+        total: length of the bar.
+        done: shows how much of it is done.
     """
 
-    def __init__(self, screen: Screen, total: int) -> None:
-        self._screen, self._total, self._done = screen, total, 0
-        self._stage = ""
+    def __init__(self, screen: Screen, total: float, done: ProgressColumn) -> None:
+        self._screen, self._total = screen, total
         self._progress = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            done,
             TimeRemainingColumn(),
             console=screen.console,
             disable=not screen.live,
@@ -168,7 +231,7 @@ class Rounds(AbstractContextManager["Rounds"]):
         )
         self._task = self._progress.add_task("starting", total=total)
 
-    def __enter__(self) -> Rounds:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -180,6 +243,19 @@ class Rounds(AbstractContextManager["Rounds"]):
     ) -> None:
         self._progress.stop()
 
+
+class Rounds(_Bar):
+    """Progress of an experiment: one bar over all of its rounds.
+
+    Args:
+        screen: where.
+        total: rounds of all stages and seeds.
+    """
+
+    def __init__(self, screen: Screen, total: int) -> None:
+        super().__init__(screen, total, MofNCompleteColumn())
+        self._done, self._stage = 0, ""
+
     def advance(self, stage: str) -> None:
         """One more round of ``stage``."""
         self._done += 1
@@ -187,6 +263,39 @@ class Rounds(AbstractContextManager["Rounds"]):
         if not self._screen.live and stage != self._stage:
             self._screen.say(f"{stage} ({self._done - 1} of {self._total} rounds done)")
         self._stage = stage
+
+
+class Share(_Bar):
+    """Progress of work that is weighed, not counted; a few lines where there is no terminal.
+
+    Args:
+        screen: where.
+    """
+
+    STEP, SECONDS = 0.05, 2.0
+    """A line is printed after that share of the work, and that time, at the earliest."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(screen, 1.0, TaskProgressColumn())
+        self._begin = self._said_at = time.monotonic()
+        self._said = 0.0
+
+    def reached(self, share: float, what: str) -> None:
+        """So much of the work is done, and ``what`` is going on."""
+        self._progress.update(self._task, completed=share, description=what)
+        now = time.monotonic()
+        if self._screen.live or share < self._said + self.STEP:
+            return
+        if now >= self._said_at + self.SECONDS:
+            self._said, self._said_at = share, now
+            left = (now - self._begin) * (1 - share) / share
+            self._screen.say(f"{share:.0%} done, about {_duration(left)} left ({what})")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def write_json(target: str | None, document: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +63,8 @@ def simulate(
     if data is not None:
         loaded.source = OwnFile(data, loaded.source)
     holders = list(loaded.source.tables(settings.holders))
-    wanted = {"min_holders": len(holders) if faults is None else 1, **settings.plan}
+    everyone = min(len(holders), settings.plan.get("cohort") or len(holders))
+    wanted = {"min_holders": everyone if faults is None else 1, **settings.plan}
     plan = plan_for(loaded, wanted, holders=settings.holders)
     if faults is not None and "min_holders" not in settings.plan:
         plan = _with_smallest_quorum(plan)
@@ -82,7 +82,7 @@ def simulate(
         address=address,
         baselines=settings.baselines,
         faults=faults,
-        folder=settings.output.out or _new_folder(task),
+        folder=settings.output.folder_for(task),
     )
     screen.say(
         f"Simulating {task} on {plan.source} ({plan.preprocessing}): {len(holders)} holders, "
@@ -122,7 +122,3 @@ def _what_went_wrong(faults: Mapping[str, Any]) -> str:
         f"deadline, and {faults['attacked']} of those that came in time were forged; half of the "
         f"rounds waited {faults['waited_median']:.3g} simulated seconds or less for stragglers."
     )
-
-
-def _new_folder(task: str) -> Path:
-    return Path("runs") / f"{task}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')[:-3]}"

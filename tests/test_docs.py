@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -135,7 +136,7 @@ def test_every_settings_file_is_read(path: Path, tmp_path: Path) -> None:
         if block.startswith("#") and ".toml" in block.splitlines()[0]:
             file = tmp_path / "settings.toml"
             file.write_text(block)
-            Settings.merged({"config": file})
+            Settings.merged({"config": file}, lists=path.name == "sweep.md")
 
 
 # -------------------------------------------------------------------------- links and names
@@ -187,13 +188,14 @@ def test_every_excerpt_is_the_codes_own(path: Path) -> None:
 # --------------------------------------------------------------------------- generated parts
 
 
-def flag_table() -> str:
-    """The flags of ``sotto simulate``, by panel."""
+def flag_table(command: str) -> str:
+    """The flags of a command, by panel."""
     assert isinstance(APPLICATION, click.Group)
     rows = ["| flag | takes | meaning |", "| --- | --- | --- |"]
-    for parameter in APPLICATION.commands["simulate"].params:
+    for parameter in APPLICATION.commands[command].params:
         if isinstance(parameter, click.Option) and parameter.name != "help":
-            takes = "" if parameter.is_flag else parameter.type.name.lower()
+            takes = "" if parameter.is_flag else parameter.metavar or parameter.type.name
+            takes = takes.lower()
             rows.append(f"| `{parameter.opts[0]}` | {takes} | {parameter.help} |")
     return "\n".join(rows)
 
@@ -229,7 +231,8 @@ def _allowed(column: Column) -> str:
 
 
 GENERATED = {
-    "docs/simulate.md": ("flags", flag_table),
+    "docs/simulate.md": ("flags", partial(flag_table, "simulate")),
+    "docs/sweep.md": ("sweep flags", partial(flag_table, "sweep")),
     "docs/own-data.md": ("schemas", schema_tables),
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from common.errors import ConfigurationError
 from common.privacy.bounds import prv_bound, quick_bound
@@ -52,6 +53,7 @@ def affordable(composition: Composition, limit: float, delta: float) -> bool:
     return quick_bound(composition, delta) <= limit or prv_bound(composition, delta) <= limit
 
 
+@lru_cache(maxsize=1024)
 def noise_multiplier(sampling_rate: float, steps: int, epsilon: float, delta: float) -> float:
     """The least noise multiplier at which the steps cost at most ``epsilon``.
 

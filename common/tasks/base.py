@@ -50,19 +50,21 @@ class Examples:
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        sizes = {name: len(tensor) for name, tensor in self.tensors.items()}
-        if len(set(sizes.values())) != 1:
+        if len({tensor.shape[0] for tensor in self.tensors.values()}) != 1:
+            sizes = {name: len(tensor) for name, tensor in self.tensors.items()}
             raise ValueError(f"every tensor needs the same number of units, got {sizes}")
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return next(iter(self.tensors.values())).shape[0]
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def take(self, index: Tensor) -> Examples:
         """The units at ``index`` ([B] int64), in that order."""
-        return Examples({name: tensor[index] for name, tensor in self.tensors.items()})
+        # Several times faster than tensor[index], which is made for more than rows.
+        taken = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
+        return Examples(taken)
 
     def to(self, device: torch.device) -> Examples:
         """The same examples on ``device``."""

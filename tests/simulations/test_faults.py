@@ -25,7 +25,7 @@ from simulations.experiment import Experiment, ExperimentResult, run_experiment
 from simulations.faults import ATTACKS, Byzantine, Faults, FaultyGrid, RoundFaults, Straggle
 from simulations.grid import BatchedGrid, InProcessGrid, in_process, simulated_holder
 from simulations.results import document
-from simulations.workers import BlockTrainer, Threads
+from simulations.workers import BlockTrainer, InProcess
 from tests.commands import sotto
 from tests.fakes import Answer, FakeGrid, pulls_towards
 from tests.tiny import TinyTask
@@ -190,7 +190,7 @@ def test_evaluation_still_reaches_everybody(engine: str) -> None:
 
 def test_a_sum_still_says_whom_it_speaks_for_when_a_round_is_asked_in_parts() -> None:
     data = TinyTask().holder_data(6)
-    grid = BatchedGrid(list(data), Threads(lambda: BlockTrainer(TinyTask(), data, CPU), 1))
+    grid = BatchedGrid(list(data), InProcess(BlockTrainer(TinyTask(), data, CPU)))
     request = RoundRequest("run", 1, plan(), np.zeros(D, np.float32))
 
     def half(nodes: Sequence[int]) -> list[Message]:

@@ -34,7 +34,7 @@ def test_the_document_has_the_fields_of_the_contract() -> None:
     }  # fmt: skip
     assert (written["task"], written["source"]) == ("tiny", "tiny")
     assert (written["holders"], written["rounds"], written["seeds"]) == (3, 2, [3, 4])
-    assert (written["engine"], written["device"]) == ("opacus", "cpu")
+    assert (written["engine"], written["device"]) == ("batched", "cpu")
     assert written["strategy"] == "fedavgm"
     plan = result.experiment.plan
     assert written["privacy"] == {

@@ -69,7 +69,7 @@ def test_every_shared_flag_is_a_key_of_the_toml(name: str, tmp_path: Path) -> No
         settings_of(tmp_path / "plan.toml", **{name: wrong})
 
 
-@pytest.mark.parametrize("command", ["simulate", "serve", "demo"])
+@pytest.mark.parametrize("command", ["simulate", "sweep", "serve", "demo"])
 def test_every_shared_flag_is_on_every_command_that_trains(command: str) -> None:
     said = sotto(command, "--no-such-flag")
     assert said.code == 2
@@ -135,7 +135,7 @@ def test_flags_beat_the_file_and_the_file_beats_what_the_task_recommends(tmp_pat
     ("words", "says"),
     [
         (["simulat"], "No such command 'simulat'"),
-        (["simulat"], "There are: data, demo, join, keys, serve, simulate, tasks"),
+        (["simulat"], "There are: data, demo, join, keys, serve, simulate, sweep, tasks"),
         (["keys", "sign"], "There are: approve, install, list, request"),
         (["simulate"], "Missing argument 'TASK'"),
         (["simulate", TASK, "--rouns", "3"], "No such option '--rouns'"),
@@ -151,7 +151,7 @@ def test_flags_beat_the_file_and_the_file_beats_what_the_task_recommends(tmp_pat
         (["simulate", TASK, "--source", "mine"], "it has breast-cancer, heart-disease"),
         (["simulate", TASK, "--preprocessing", "mine"], "it has default"),
         (["simulate", TASK, "--strategy", "mine"], "there are fedavg, "),
-        (["simulate", TASK, "--engine", "mine"], "there is no engine 'mine'; there are opacus"),
+        (["simulate", TASK, "--engine", "mine"], "there is no engine 'mine'; there are batched"),
         (["simulate", TASK, "--strategy", "krum", "--malicious", "1"], "needs at least 5 holders"),
         (["simulate", TASK, "--json", "no/such/folder.json"], "must be a file in a folder"),
         (["serve", TASK, "--state", "s", "--strategy", "mine", "--insecure"], "there are fedavg, "),
@@ -290,7 +290,9 @@ def test_plain_text_is_refused_where_others_could_listen(address: str, tmp_path:
 
 # -- what help costs ------------------------------------------------------------------------------
 
-HELP = [["--help"]] + [[name, "--help"] for name in ("simulate", "serve", "demo", "join", "keys")]
+HELP = [["--help"]] + [
+    [name, "--help"] for name in ("simulate", "sweep", "serve", "demo", "join", "keys")
+]
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -1,0 +1,156 @@
+"""Blocks on the cores of this machine: copies of this process, made when there is work for them.
+
+Threads would wait for one another: between two small products each needs Python's lock. A fork
+costs some milliseconds and shares the data that are loaded; each process computes with one thread,
+as many of them as torch would use threads. The first is this one, which does its share too.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from simulations.workers import Assignment, BlockTrainer, Cut, InProcess, Job, Judged, Outcome
+
+__all__ = ["Processes"]
+
+logger = logging.getLogger("sotto.simulation")
+
+
+class Processes:
+    """Workers that are this process and copies of it.
+
+    A copy that dies has its share done here, with the same result.
+
+    Args:
+        trainer: of this process; the copies inherit it.
+        number: of processes; None for as many as torch would use threads. One, where a process
+            cannot be copied.
+    """
+
+    def __init__(self, trainer: BlockTrainer, number: int | None = None) -> None:
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        self._number = (number or torch.get_num_threads()) if can_fork else 1
+        self._trainer, self._here = trainer, InProcess(trainer)
+        self._copies: list[_Copy] = []
+
+    def measure(self, assignment: Assignment) -> Cut:
+        """See :meth:`BlockTrainer.measure`."""
+        return self._here.measure(assignment)
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        """The outcome of every job, in their order."""
+        return iter(self._shared("train", jobs))
+
+    def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
+        """The metrics of every job's assignments, in their order."""
+        return iter(self._shared("evaluate", jobs))
+
+    def close(self) -> None:
+        """End the copies."""
+        for copy in self._copies:
+            copy.end()
+        self._copies = []
+
+    def _shared(self, method: str, jobs: Sequence[Job]) -> list[Any]:
+        number = min(self._number, len(jobs))
+        if number < 2:
+            return [getattr(self._trainer, method)(job) for job in jobs]
+        while len(self._copies) < self._number - 1:
+            self._copies.append(_Copy(self._trainer))
+        copies = self._copies[: number - 1]
+        shares = [range(first, len(jobs), number) for first in range(number)]
+        for copy, share in zip(copies, shares[1:], strict=True):
+            copy.ask(method, [jobs[place] for place in share])
+        answers: dict[int, Any] = {}
+        with _one_thread():
+            for place in shares[0]:
+                answers[place] = getattr(self._trainer, method)(jobs[place])
+            for copy, share in zip(copies, shares[1:], strict=True):
+                answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
+        return [answers[place] for place in range(len(jobs))]
+
+    def _answer(
+        self, copy: _Copy, method: str, jobs: Sequence[Job], share: Sequence[int]
+    ) -> list[Any]:
+        try:
+            return copy.answer()
+        except (EOFError, ConnectionError):
+            logger.warning("a worker process died; its part of the round is done again")
+            self._copies.remove(copy)
+            return [getattr(self._trainer, method)(jobs[place]) for place in share]
+
+
+class _Copy:
+    """A copy of this process that does jobs until it is told to end.
+
+    Args:
+        trainer: what it does them with.
+    """
+
+    def __init__(self, trainer: BlockTrainer) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, trainer), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, method: str, jobs: Sequence[Job]) -> None:
+        """Hand over jobs."""
+        try:
+            self._pipe.send((method, jobs))
+        except (BrokenPipeError, ConnectionError):
+            pass  # it has died, which shows when its answer is read
+
+    def answer(self) -> list[Any]:
+        """What came of them; raises what they raised."""
+        answer = self._pipe.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        done: list[Any] = answer
+        return done
+
+    def end(self) -> None:
+        """Let it end."""
+        self._pipe.close()
+        self._process.join(timeout=5)
+        self._process.kill()
+
+
+def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
+    """The life of a copy."""
+    # An interruption ends the process that we are a copy of, and with its pipe us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            method, jobs = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            answer: Any = [getattr(trainer, method)(job) for job in jobs]
+        except Exception as error:
+            answer = error
+        try:
+            pipe.send(answer)
+        except (BrokenPipeError, ConnectionError):
+            return
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Leave the other cores to the copies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
