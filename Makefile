@@ -25,6 +25,7 @@ stubs: $(STAMP)
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/round_overhead.py --json benchmarks/round_overhead.json
 	$(BIN)/python benchmarks/quality.py --json benchmarks/quality.json
+	$(BIN)/python benchmarks/simulation.py --json benchmarks/simulation.json
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -11,6 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tomli_w
@@ -315,6 +316,7 @@ class TrainingPlan(Frozen):
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
     @classmethod
+    @lru_cache(maxsize=16)  # a run sends the same text with every request
     def from_json(cls, text: str) -> TrainingPlan:
         """Inverse of :meth:`to_json`; raises ConfigurationError."""
         try:

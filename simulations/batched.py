@@ -242,12 +242,14 @@ class _Sample:
         rows: of the block's units, [H, B]; holders with fewer repeat one of theirs.
         counted: 1 where a unit was sampled, 0 where it only fills up: [H, B] float32.
         counts: units sampled: [H, 1] float32.
+        numbers: the same, where the host can read them without waiting: [H].
         active: whether each holder takes this step, [H, 1] bool; None if all do.
     """
 
     rows: Tensor
     counted: Tensor
     counts: Tensor
+    numbers: Sequence[int]
     active: Tensor | None
 
 
@@ -258,21 +260,23 @@ def _samples(block: Block, terms: Terms, streams: Streams) -> Iterator[_Sample]:
         index, inside = _everyone(block)
         counts = inside.sum(1).unsqueeze(1).expand(-1, steps)
         index, inside = (tensor.unsqueeze(1).expand(-1, steps, -1) for tensor in (index, inside))
-        widest = [index.shape[2]] * steps
+        numbers = [block.sizes] * steps
     else:
         rates = terms.rates.to(block.first.device).view(-1, 1, 1)
         taken = streams.uniform(block.sizes, steps) < rates
         counts = taken.sum(2)
-        widest = counts.amax(0).tolist()
-        index, inside = _packed(taken, counts, max(widest))
+        numbers = list(zip(*counts.tolist(), strict=True))
+        index, inside = _packed(taken, counts, max(map(max, numbers)))
     idle = _idle(terms, counts)
     rows, counted = index + block.first.view(-1, 1, 1), inside.float()
-    numbers = counts.float()
-    for step, width in enumerate(widest):
+    sizes = counts.float()
+    for step in range(steps):
+        width = max(numbers[step])
         yield _Sample(
             rows[:, step, :width],
             counted[:, step, :width],
-            numbers[:, step : step + 1],
+            sizes[:, step : step + 1],
+            numbers[step],
             None if idle is None else ~idle[:, step : step + 1],
         )
 
@@ -339,7 +343,7 @@ def _batches(
     """
     holders, width = sample.rows.shape
     if task.draws:
-        draws = streams.draws(sample.counts.flatten().long().tolist(), task.draws)
+        draws = streams.draws(sample.numbers, task.draws)
     else:
         draws = torch.empty(holders, width, 0, dtype=torch.float64, device=sample.rows.device)
     for start in range(0, width, most):

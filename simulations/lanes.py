@@ -277,7 +277,9 @@ class _Gathered:
             self._refuse(job.assignments[place].point)
         for place, update in outcome.singles.items():
             one = job.assignments[place]
-            if float(update.norm()) <= one.plan.largest_update_norm(len(update)):
+            # Where the sum was wanted, what is not in it is not allowed.
+            bound = one.plan.largest_update_norm(len(update)) if job.individually else -1.0
+            if float(update.norm()) <= bound:
                 reply = TrainReply(update.numpy(), outcome.weights[place])
                 self._singles.setdefault(one.point, []).append(reply)
             else:

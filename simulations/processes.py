@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +23,9 @@ from simulations.workers import Assignment, BlockTrainer, Cut, InProcess, Job, J
 __all__ = ["Processes"]
 
 logger = logging.getLogger("sotto.simulation")
+
+_OUR_ENDS: set[Connection] = set()
+"""Of the pipes to all copies that this process has."""
 
 
 class Processes:
@@ -71,11 +74,15 @@ class Processes:
         for copy, share in zip(copies, shares[1:], strict=True):
             copy.ask(method, [jobs[place] for place in share])
         answers: dict[int, Any] = {}
-        with _one_thread():
-            for place in shares[0]:
-                answers[place] = getattr(self._trainer, method)(jobs[place])
-            for copy, share in zip(copies, shares[1:], strict=True):
-                answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
+        try:
+            with _one_thread():
+                for place in shares[0]:
+                    answers[place] = getattr(self._trainer, method)(jobs[place])
+                for copy, share in zip(copies, shares[1:], strict=True):
+                    answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
+        except BaseException:
+            self.close()  # an answer that nobody reads would be taken for the next one's
+            raise
         return [answers[place] for place in range(len(jobs))]
 
     def _answer(
@@ -86,6 +93,7 @@ class Processes:
         except (EOFError, ConnectionError):
             logger.warning("a worker process died; its part of the round is done again")
             self._copies.remove(copy)
+            copy.end()
             return [getattr(self._trainer, method)(jobs[place]) for place in share]
 
 
@@ -99,16 +107,15 @@ class _Copy:
     def __init__(self, trainer: BlockTrainer) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
+        _OUR_ENDS.add(self._pipe)
         self._process = context.Process(target=_serve, args=(theirs, trainer), daemon=True)
         self._process.start()
         theirs.close()
 
     def ask(self, method: str, jobs: Sequence[Job]) -> None:
         """Hand over jobs."""
-        try:
+        with suppress(ConnectionError):  # if it has died, that shows when its answer is read
             self._pipe.send((method, jobs))
-        except (BrokenPipeError, ConnectionError):
-            pass  # it has died, which shows when its answer is read
 
     def answer(self) -> list[Any]:
         """What came of them; raises what they raised."""
@@ -119,16 +126,20 @@ class _Copy:
         return done
 
     def end(self) -> None:
-        """Let it end."""
+        """End it, whatever it is doing."""
+        _OUR_ENDS.discard(self._pipe)
         self._pipe.close()
-        self._process.join(timeout=5)
-        self._process.kill()
+        self._process.kill()  # it has nothing to put away
+        self._process.join()
 
 
 def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
     """The life of a copy."""
-    # An interruption ends the process that we are a copy of, and with its pipe us.
+    # An interruption ends the process that we are a copy of, and with its pipe us: unless we, or
+    # a copy that was made after us, hold the other end of the pipe too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for end in _OUR_ENDS:
+        end.close()
     torch.set_num_threads(1)
     while True:
         try:
@@ -141,7 +152,7 @@ def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
             answer = error
         try:
             pipe.send(answer)
-        except (BrokenPipeError, ConnectionError):
+        except ConnectionError:
             return
 
 

@@ -171,7 +171,7 @@ class StackedModel:
     def predict(self, units: Examples) -> Tensor:
         """The task's predictions for H·B held-out units, [H·B, ...]."""
         self._expect(len(units))
-        with torch.no_grad(), _parameters_only_in_layers(self.task):
+        with torch.no_grad():
             return self.task.predict(self.template, units)
 
     def backward(self, batch: Examples, counted: Tensor) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class StackedModel:
         """
         rows = counted.numel()
         self._expect(rows)
-        with _parameters_only_in_layers(self.task):
+        with _in_place_explained():
             losses = self.task.loss(self.template, batch)
         if losses.shape != (rows,):
             raise ConfigurationError(
@@ -241,9 +241,11 @@ class StackedModel:
         """
         first = data.take(torch.zeros(1, dtype=torch.int64, device=self.device))
         draws = torch.zeros(1, self.task.draws, dtype=torch.float64, device=self.device)
+        with torch.random.fork_rng(devices=[]):
+            own = self.task.model(len(data))
         private = {
             name: torch.zeros(1, *parameter.shape, device=self.device)
-            for name, parameter in self.task.model(len(data)).named_parameters()
+            for name, parameter in own.named_parameters()
             if name in self.task.private_parameters
         }
         self.bind(torch.zeros(1, self.dimension, device=self.device), private, training=True)
@@ -359,24 +361,68 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from below("", model)
 
 
+class _Hidden(Tensor):
+    """Stands for a parameter of a stacked layer, which only that layer's forward may use.
+
+    Not on the meta device: torch multiplies tensors on the CPU with ones there, without an error
+    and without a result.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func not in _HARMLESS:
+            raise ConfigurationError(
+                "the task computes with a parameter without calling the layer that holds it, so "
+                "the batched engine cannot tell the holders apart; call the layer, or use "
+                "--engine opacus"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+_HARMLESS = {
+    Tensor.__hash__,
+    Tensor.dim,
+    Tensor.is_floating_point,
+    Tensor.numel,
+    Tensor.size,
+    *(
+        getattr(Tensor, name).__get__
+        for name in (
+            "device",
+            "dtype",
+            "grad_fn",
+            "is_cuda",
+            "is_meta",
+            "ndim",
+            "requires_grad",
+            "shape",
+        )
+    ),
+}
+"""What may be asked of a hidden parameter: nothing that depends on its numbers."""
+
+
 def _hide_parameters(layer: nn.Module) -> None:
     """Whoever reads a stacked layer's parameters without calling it must not get stale ones."""
     for module in layer.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            hidden = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            hidden = parameter.detach().new_zeros(()).expand(parameter.shape).as_subclass(_Hidden)
+            hidden._is_param = True  # by which torch tells one
             setattr(module, name, hidden)
 
 
 @contextmanager
-def _parameters_only_in_layers(task: Task) -> Iterator[None]:
-    """Explain what happens when a hidden parameter is computed with."""
+def _in_place_explained() -> Iterator[None]:
+    """Explain torch's refusal to change the first layer's output, which is a leaf to it."""
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
+    except RuntimeError as error:
+        if "leaf Variable" not in str(error):
             raise
         raise ConfigurationError(
-            f"task {task.name!r} computes with a parameter without calling the layer that holds "
-            "it, so the batched engine cannot tell the holders apart; call the layer, or use "
-            "--engine opacus"
+            "the output of a layer is changed in place; use an operation that makes a new tensor, "
+            "or --engine opacus"
         ) from error

@@ -230,7 +230,7 @@ def run_sweep(
 
     Args:
         sweep: what to run.
-        make_workers: see :data:`MakeWorkers`; None for threads of this process.
+        make_workers: see :data:`MakeWorkers`; None for the cores of this machine.
         folder: finished runs are kept here; None keeps nothing.
         on_progress: see :data:`OnProgress`.
         on_begin: see :data:`OnBegin`.
@@ -248,7 +248,7 @@ def run_sweep(
     todo = [run for key, run in runs.items() if key not in notes.results]
     on_begin(len(runs) - len(todo), len(runs))
     if todo:
-        workers = (make_workers or _threads(sweep.task))(seeds.data)
+        workers = (make_workers or _cores(sweep.task))(seeds.data)
         _run_all(sweep.task, todo, workers, notes, on_progress)
     finished = [
         Finished(part.setting, part.run.plan.seed, part.kind, result.metrics, result.failed)
@@ -274,7 +274,7 @@ def _run_all(
         workers.close()
 
 
-def _threads(task: Task) -> MakeWorkers:
+def _cores(task: Task) -> MakeWorkers:
     return lambda data: workers_for("batched", task, data, torch.device("cpu"))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from common.errors import SottoError
 from common.plan import TrainingPlan
 from common.privacy.noise import simulation_key
-from common.tasks.base import HolderData, Task, derived_seed
+from common.tasks.base import Examples, HolderData, Task, derived_seed
 from common.tasks.parameters import private_of
 from common.tasks.separation import require_separate_units
 from simulations.batched import Block, Terms, predict, train
@@ -205,8 +205,13 @@ class BlockTrainer:
 
     def __init__(self, task: Task, data: Mapping[str, HolderData], device: torch.device) -> None:
         self._task, self._data, self._device = task, data, device
+        if device.type == "cuda":
+            # torch rounds convolutions to TF32 unless told otherwise, and products if it is asked.
+            asked = torch.get_float32_matmul_precision() != "highest"
+            torch.backends.cudnn.allow_tf32 = asked
         self._model = StackedModel(task, device)
         self._blocks = _Shelf(KEPT_BYTES)
+        self._separate = False
 
     @property
     def dimension(self) -> int:
@@ -226,8 +231,7 @@ class BlockTrainer:
             units = self._data[assignment.data].train.to(self._device)
             if not len(units):
                 return Cut(FEWEST, USUAL)
-            model = self._task.model(len(units)).to(self._device)
-            require_separate_units(self._task, model, units)
+            self._require_separate_units(units)
             a_unit = self._model.numbers_a_unit(units)
         except SottoError:
             raise
@@ -297,31 +301,46 @@ class BlockTrainer:
             logger.exception("%s failed", assignment.holder)
             failed[position] = type(error).__name__
 
+    def _require_separate_units(self, units: Examples) -> None:
+        """Look once, at the first units of which there are two: fewer tell nothing."""
+        if self._separate or len(units) < 2:
+            return
+        with torch.random.fork_rng(devices=[]):
+            model = self._task.model(len(units)).to(self._device)
+        require_separate_units(self._task, model, units)
+        self._separate = True
+
     def _train_block(self, job: Job, part: Sequence[int], outcome: Outcome) -> None:
         chosen = [job.assignments[position] for position in part]
+        if not self._separate:
+            largest = max((self._data[one.data].train for one in chosen), key=len)
+            self._require_separate_units(largest.to(self._device))
         block = self._block(job, part, "train")
         classes = [max(1, size) for size in block.sizes]
         keys = [
             simulation_key("simulation", one.plan.seed, one.holder, job.number) for one in chosen
         ]
         own = self._private(job, part)
-        updates, private = train(
-            self._model,
-            block,
-            Terms.of([one.plan for one in chosen], classes, self._device),
-            self._starts(job, part),
-            _stacked(own, self._device),
-            block_randomness(keys, self._device),
-            a_unit=job.a_unit,
-        )
+        with _seeded(keys[0]):
+            updates, private = train(
+                self._model,
+                block,
+                Terms.of([one.plan for one in chosen], classes, self._device),
+                self._starts(job, part),
+                _stacked(own, self._device),
+                block_randomness(keys, self._device),
+                a_unit=job.a_unit,
+            )
+        self._sum(job, part, updates, classes, outcome)
         if private:
             outcome.private.update(zip(part, _cut(private, own), strict=True))
-        self._sum(job, part, updates, classes, outcome)
 
     def _judge(self, job: Job, part: Sequence[int]) -> Sequence[dict[str, float]]:
         held_out = self._block(job, part, "test")
         if not len(held_out.units):
-            nothing = self._task.evaluate(self._task.model(1), held_out.units)
+            with torch.random.fork_rng(devices=[]):
+                model = self._task.model(1)
+            nothing = self._task.evaluate(model, held_out.units.to(torch.device("cpu")))
             return [nothing] * len(part)
         private = _stacked(self._private(job, part), self._device)
         predictions = predict(self._model, held_out, self._starts(job, part), private)
@@ -341,17 +360,24 @@ class BlockTrainer:
         norms = torch.linalg.vector_norm(updates, dim=1)
         allowed = (norms <= _bounds(plans, self.dimension).to(self._device)).tolist()
         summed: dict[int, list[int]] = {}
+        aside: list[int] = []
         for row, position in enumerate(part):
             if job.individually or not allowed[row]:
-                outcome.singles[position] = updates[row].cpu()
-                outcome.weights[position] = weights[row]
+                aside.append(row)
             else:
                 summed.setdefault(job.assignments[position].point, []).append(row)
+        # All or nothing: of a part that fails, each holder is done again.
+        totals: Totals = {}
         for point, rows in summed.items():
             some = updates if len(rows) == len(part) else updates[rows]
             shares = torch.tensor([weights[row] for row in rows], dtype=torch.float64)
-            total = outcome.totals.setdefault(point, Total(ExactSum(self.dimension)))
-            total.add(_weighted_sum(some, shares), float(shares.sum()))
+            totals[point] = Total(ExactSum(self.dimension))
+            totals[point].add(_weighted_sum(some, shares), float(shares.sum()))
+        for point, total in totals.items():
+            outcome.totals.setdefault(point, Total(ExactSum(self.dimension))).merge(total)
+        for row in aside:
+            outcome.singles[part[row]] = updates[row].cpu()
+            outcome.weights[part[row]] = weights[row]
 
     def _block(self, job: Job, part: Sequence[int], half: str) -> Block:
         """The units of some assignments, side by side; holders that share data share its rows."""
@@ -516,6 +542,14 @@ def _alike(sizes: Mapping[int, int]) -> list[list[int]]:
         else:
             blocks.append([position])
     return [sorted(block) for block in blocks]
+
+
+@contextmanager
+def _seeded(key: bytes) -> Iterator[None]:
+    """What layers draw from torch's own generator, as dropout does, follows from the key."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed("layers", key))
+        yield
 
 
 def _bounds(plans: Sequence[TrainingPlan], dimension: int) -> Tensor:

@@ -25,7 +25,7 @@ from common.tasks import load
 from common.tasks.base import Examples, Task
 from common.tasks.parameters import initial_parameters, private_of
 from simulations.batched import Block, Terms, train
-from simulations.randomness import block_randomness
+from simulations.randomness import BlockRandomness, DeviceRandomness, block_randomness
 from simulations.stack import StackedModel
 from tests.simulations.networks import Convolutional, Perceptron, Transformer
 from tests.tiny import FEATURES, TinyTask, table
@@ -238,15 +238,17 @@ def samples_of_opacus() -> np.ndarray:
     return torch.stack(updates).numpy()
 
 
-def samples_of_a_block() -> np.ndarray:
-    plan = quiet_plan()
+def samples_of_a_block(
+    kind: type[BlockRandomness | DeviceRandomness] = BlockRandomness,
+) -> np.ndarray:
+    plan, keys = quiet_plan(), [simulation_key("block", i) for i in range(DRAWS)]
     updates, _ = train(
         StackedModel(LINEAR, CPU),
         Block.of([LINEAR_DATA], {}, CPU, which=[0] * DRAWS),
         Terms.of([plan] * DRAWS, [40] * DRAWS, CPU),
         start_of(LINEAR).expand(DRAWS, -1),
         {},
-        block_randomness([simulation_key("block", i) for i in range(DRAWS)], CPU),
+        BlockRandomness(keys) if kind is BlockRandomness else DeviceRandomness(keys, CPU),
     )
     return updates.numpy()
 
@@ -275,7 +277,7 @@ def samples_by_hand(
 
 
 def smallest_p(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two-sample Kolmogorov–Smirnov tests of each coordinate and of the norm, times their number."""
+    """Of two-sample Kolmogorov–Smirnov tests of each coordinate and the norm, times how many."""
     with_norm = [np.column_stack([s, np.linalg.norm(s, axis=1)]) for s in (one, other)]
     columns = [ks_2samp(a, b).pvalue for a, b in zip(*(s.T for s in with_norm), strict=True)]
     return min(1.0, len(columns) * min(columns))
@@ -290,6 +292,11 @@ def test_the_distribution_is_that_of_opacus(of_opacus: np.ndarray) -> None:
     """A false alarm has probability 1e-3 (Bonferroni), and the seeds are fixed."""
     assert smallest_p(samples_of_a_block(), of_opacus) > 1e-3
     assert smallest_p(samples_by_hand(), of_opacus) > 1e-3
+
+
+def test_a_gpus_own_randomness_gives_the_same_distribution(of_opacus: np.ndarray) -> None:
+    """Its generator is made of integer operations that a CPU has too."""
+    assert smallest_p(samples_of_a_block(DeviceRandomness), of_opacus) > 1e-3
 
 
 @pytest.mark.parametrize(

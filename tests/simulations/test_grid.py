@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from client.app import Holder
+from common.data.on_demand import OnDemand
+from common.errors import RunError, WireError
+from common.flower import BaseGrid
 from common.plan import TrainingPlan
 from common.privacy.accounting import epsilon
 from common.settings import plan_for
+from common.tasks.base import Examples, HolderData, HolderTables
+from common.tasks.parameters import initial_parameters
 from common.wire import EvaluateReply, RoundRequest, TrainReply
-from simulations.grid import InProcessGrid, simulated_holder
-from tests.tiny import TinyTask
+from server.aggregation import build_strategy
+from server.checkpoints import RunState
+from server.grid import LinkGrid
+from server.rounds import cohort_of, evaluate, next_round
+from simulations.experiment import Experiment, run_experiment
+from simulations.grid import BatchedGrid, InProcessGrid, simulated_holder
+from simulations.workers import BlockTrainer, InProcess, Job, Outcome
+from tests.fakes import FakeGrid, pulls_towards
+from tests.tiny import TinySource, TinyTask, table
 
 CPU = torch.device("cpu")
 
@@ -37,12 +50,17 @@ def close(there: Mapping[str, Holder]) -> None:
         holder.state.close()
 
 
-def ask(
-    grid: InProcessGrid, plan: TrainingPlan, number: int, kind: str = "train", run: str = "run"
+def requests(
+    grid: BaseGrid, plan: TrainingPlan, number: int, kind: str = "train", run: str = "run"
 ) -> list[Message]:
     request = RoundRequest(run, number, plan, np.zeros(4, np.float32))
-    messages = [Message(request.records(), node, kind) for node in grid.get_node_ids()]
-    return list(grid.send_and_receive(messages))
+    return [Message(request.records(), node, kind) for node in grid.get_node_ids()]
+
+
+def ask(
+    grid: BaseGrid, plan: TrainingPlan, number: int, kind: str = "train", run: str = "run"
+) -> list[Message]:
+    return list(grid.send_and_receive(requests(grid, plan, number, kind, run)))
 
 
 def updates(grid: InProcessGrid, plan: TrainingPlan, number: int) -> list[np.ndarray]:
@@ -123,3 +141,248 @@ def test_a_holder_has_a_budget_exactly_where_the_plan_has_privacy(no_dp: bool) -
         assert (holder.policy.budget is None) == no_dp
         assert (holder.spent() == float("inf")) == no_dp
     close(there)
+
+
+# -- everybody at once ----------------------------------------------------------------------------
+
+
+class Spied(InProcess):
+    """Workers that note what they were asked."""
+
+    def __init__(self, trainer: BlockTrainer) -> None:
+        super().__init__(trainer)
+        self.jobs: list[Job] = []
+        self.closed = 0
+
+    def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
+        self.jobs += jobs
+        return super().train(jobs)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def batched(
+    data: Mapping[str, HolderData] | None = None, task: TinyTask | None = None
+) -> tuple[BatchedGrid, Spied]:
+    task = task or TinyTask()
+    held = task.holder_data(3) if data is None else data
+    workers = Spied(BlockTrainer(task, held, CPU))
+    return BatchedGrid(list(held), workers), workers
+
+
+def test_one_reply_speaks_for_all_where_the_strategy_is_linear() -> None:
+    wanted, there = plan(weighting="size"), holders(plan(weighting="size"))
+    grid, _ = batched()
+    (reply,) = ask(grid, wanted, 1)
+    assert list(grid.answered_by(reply)) == grid.get_node_ids() == [2, 3, 4]
+    found = TrainReply.of(reply.content, wanted, 4, holders=3)
+    apart = [TrainReply.of(one.content, wanted, 4) for one in ask(InProcessGrid(there), wanted, 1)]
+    weights = [one.weight for one in apart]
+    assert found.weight == pytest.approx(sum(weights))
+    mean = np.average([one.update for one in apart], axis=0, weights=weights)
+    np.testing.assert_allclose(found.update, mean, rtol=1e-5, atol=1e-6)
+    close(there)
+
+
+@pytest.mark.parametrize("how", ["robust", "individually"])
+def test_everybody_answers_for_itself_where_updates_are_compared(how: str) -> None:
+    wanted = plan(strategy="fedmedian") if how == "robust" else plan()
+    grid, there = batched()[0], holders(wanted)
+    exchange = grid.individually if how == "individually" else grid.send_and_receive
+    replies = exchange(requests(grid, wanted, 1))
+    assert [list(grid.answered_by(reply)) for reply in replies] == [[2], [3], [4]]
+    expected = updates(InProcessGrid(there), wanted, 1)
+    for reply, other in zip(replies, expected, strict=True):
+        found = TrainReply.of(reply.content, wanted, 4).update
+        np.testing.assert_allclose(found, other, rtol=1e-5, atol=1e-6)
+    close(there)
+
+
+def test_nobody_is_asked_and_nobody_answers() -> None:
+    grid, workers = batched()
+    assert grid.send_and_receive([]) == grid.individually([]) == []
+    assert workers.jobs == []
+    grid.close()
+    assert workers.closed == 1
+
+
+def test_metrics_are_those_of_each_holder() -> None:
+    wanted, there = plan(), holders(plan())
+    expected = [
+        EvaluateReply.of(reply.content).metrics
+        for reply in ask(InProcessGrid(there), wanted, 3, "evaluate")
+    ]
+    replies = ask(batched()[0], wanted, 3, "evaluate")
+    assert [reply.metadata.src_node_id for reply in replies] == [2, 3, 4]
+    assert [EvaluateReply.of(reply.content).metrics for reply in replies] == expected
+    close(there)
+
+
+def with_nan(data: HolderData) -> HolderData:
+    x = data.train["x"].clone()
+    x[0] = float("nan")
+    return HolderData(Examples({"x": x, "y": data.train["y"]}), data.test)
+
+
+def begun(wanted: TrainingPlan) -> RunState:
+    return RunState("run", 0, initial_parameters(TinyTask(), wanted.seed))
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmedian"])
+def test_an_update_that_is_not_finite_is_rejected_and_the_others_count(strategy: str) -> None:
+    wanted = plan(no_dp=True, epsilon=None, strategy=strategy, min_holders=2)
+    data = TinyTask().holder_data(3)
+    spoiled, _ = batched({**data, "h1": with_nan(data["h1"])})
+    state, summary = next_round(spoiled, wanted, build_strategy(wanted), begun(wanted))
+    assert summary.accepted == ("h0", "h2")
+    assert summary.missed.keys() == {"h1"}
+    assert "NaN or infinite" in summary.missed["h1"]
+
+    others, _ = batched({name: data[name] for name in ("h0", "h2")})
+    expected, _ = next_round(others, wanted, build_strategy(wanted), begun(wanted))
+    np.testing.assert_allclose(state.parameters, expected.parameters, rtol=1e-6, atol=1e-7)
+
+
+def test_too_few_updates_end_the_round_with_every_reason() -> None:
+    wanted = plan(no_dp=True, epsilon=None, min_holders=3)
+    data = TinyTask().holder_data(3)
+    spoiled, _ = batched({**data, "h1": with_nan(data["h1"])})
+    with pytest.raises(RunError, match=r"2 of at least 3 updates .*h1: reply rejected"):
+        next_round(spoiled, wanted, build_strategy(wanted), begun(wanted))
+
+
+def test_a_holder_whose_data_break_misses_the_round() -> None:
+    wanted, data = plan(min_holders=2), TinyTask().holder_data(3)
+
+    def build(name: str) -> HolderData:
+        if name == "h1":
+            raise OSError("gone")
+        return data[name]
+
+    grid, _ = batched(OnDemand(list(data), build))
+    state, summary = next_round(grid, wanted, build_strategy(wanted), begun(wanted))
+    assert summary.accepted == ("h0", "h2")
+    assert "OSError" in summary.missed["h1"]
+    judged = evaluate(grid, wanted, state, summary)
+    assert judged.metrics.keys() == {"h0", "h2"}
+    assert "h1" in judged.missed
+
+
+# -- whom a reply speaks for ----------------------------------------------------------------------
+
+
+def test_only_the_grid_says_whom_a_reply_speaks_for() -> None:
+    """A holder's reply counts once, whatever it writes; else its weight could be anybody's."""
+    wanted = plan(weighting="size", min_holders=1)
+
+    def greedy(request: RoundRequest) -> RecordDict:
+        content = TrainReply(np.ones(4, np.float32), 3 * wanted.largest_weight).records()
+        content["answered_by"] = ConfigRecord({"nodes": [2, 3, 4]})
+        content["speaks-for"] = ConfigRecord({"holders": 3})
+        return content
+
+    grid = FakeGrid({"liar": greedy, "honest": pulls_towards(1.0), "other": pulls_towards(1.0)})
+    for one in (FakeGrid, LinkGrid):
+        assert one.answered_by is BaseGrid.answered_by
+    (reply,) = grid.send_and_receive(requests(grid, wanted, 1)[:1])
+    assert list(grid.answered_by(reply)) == [2]
+    _, summary = next_round(grid, wanted, build_strategy(wanted), begun(wanted))
+    assert summary.accepted == ("honest", "other")
+    assert "weight" in summary.missed["liar"]
+
+
+def test_a_sums_weight_is_bounded_by_those_that_it_speaks_for() -> None:
+    wanted = plan(weighting="size")
+    largest = wanted.largest_weight
+    for weight, holders_, good in ((3 * largest, 3, True), (3 * largest, 2, False)):
+        content = TrainReply(np.zeros(4, np.float32), weight).records()
+        if good:
+            assert TrainReply.of(content, wanted, 4, holders=holders_).weight == weight
+        else:
+            with pytest.raises(WireError, match="weight"):
+                TrainReply.of(content, wanted, 4, holders=holders_)
+
+
+# -- whole runs -----------------------------------------------------------------------------------
+
+
+def final(engine: str = "batched", seed: int = 0, **settings: object) -> np.ndarray:
+    wanted = plan_for(TinyTask(), {"rounds": 3, "epsilon": 5.0, "local_steps": 2, **settings})
+    result = run_experiment(Experiment(TinyTask(), wanted, (seed,), 6, engine=engine))
+    return result.runs[0].parameters
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weighting": "size", "batch_size": 8},
+        {"strategy": "fedadam", "server_learning_rate": 0.1},
+        {"strategy": "fedmedian"},
+        {"cohort": 3, "batch_size": 8},
+        {"evaluate_every": 0, "average_from": 0.5},
+        {"epsilon": None, "no_dp": True, "momentum": 0.5, "batch_size": 2},
+    ],
+    ids=str,
+)
+def test_the_final_model_is_that_of_opacus(settings: dict[str, object]) -> None:
+    one = final(**settings)
+    np.testing.assert_allclose(one, final("opacus", **settings), rtol=0, atol=1e-5)
+    assert np.array_equal(one, final(**settings)), "the same seed, the same bits"
+    assert np.abs(one - final(seed=1, **settings)).max() > 1e-3, "another seed shows"
+
+
+@pytest.mark.parametrize(("most", "fewest", "jobs"), [(1, 1, 6), (2, 1, 6), (4, 3, 2), (2, 2, 4)])
+def test_how_holders_are_cut_into_blocks_hardly_shows(
+    monkeypatch: pytest.MonkeyPatch, most: int, fewest: int, jobs: int
+) -> None:
+    usual = final(weighting="size")
+    for name, value in (("MOST", most), ("FEWEST", fewest), ("CACHE_BYTES", 1)):
+        monkeypatch.setattr(f"simulations.workers.{name}", value)
+    grid, workers = batched(TinyTask().holder_data(6))
+    ask(grid, plan(), 1)
+    assert len(workers.jobs) == jobs
+    np.testing.assert_allclose(final(weighting="size"), usual, rtol=0, atol=1e-6)
+
+
+class Crowd(TinyTask):
+    """A hundred thousand holders, of whom few are ever looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+        self.prepared = 0
+        self.source = CrowdSource(self.made)
+
+    def prepare(self, tables: HolderTables) -> HolderData:
+        self.prepared += 1
+        return super().prepare(tables)
+
+
+class CrowdSource(TinySource):
+    def __init__(self, made: list[str]) -> None:
+        self._made = made
+
+    def tables(self, holders: int | None = None, *, seed: int = 0) -> Mapping[str, pd.DataFrame]:
+        def build(name: str) -> pd.DataFrame:
+            self._made.append(name)
+            return table(60, seed=int(name[1:]))
+
+        return OnDemand([f"h{place}" for place in range(100_000)], build, keep=0)
+
+
+def test_only_the_cohorts_data_are_made() -> None:
+    task = Crowd()
+    wanted = plan_for(task, {"rounds": 2, "epsilon": 5.0, "cohort": 20, "min_holders": 20})
+    result = run_experiment(Experiment(task, wanted))
+    names = range(100_000)
+    asked = [cohort_of(names, wanted, number) for number in (1, 2)]
+    judged = [cohort_of(names, wanted, number, "evaluation") for number in (1, 2)]
+    expected = {f"h{place}" for cohort in (*asked, *judged) for place in cohort}
+    assert set(task.made) == expected
+    assert task.prepared <= len(expected) + 2, "each once, but for what was forgotten since"
+    assert len(result.holders) == 100_000
+    for summary, cohort, judges in zip(result.runs[0].history, asked, judged, strict=True):
+        assert set(summary.accepted) == {f"h{place}" for place in cohort}
+        assert set(summary.metrics) == {f"h{place}" for place in judges}
