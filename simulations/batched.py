@@ -393,6 +393,8 @@ def _descend(
 def _factors(model: StackedModel, terms: Terms, sample: _Sample, counted: Tensor) -> Tensor:
     """What each unit's gradient is scaled by: clipped and divided by B, or by the batch's size."""
     if not terms.private:
+        if 0 in sample.numbers:  # what fills up an empty batch must not add 0 · nan
+            model.keep(counted > 0)
         return counted / sample.counts.clamp(min=1.0)
     norms = model.square_norms().sqrt()
     finite = norms.isfinite()

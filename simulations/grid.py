@@ -16,15 +16,15 @@ from flwr.app import Context, Error, Message, MessageType, RecordDict
 from torch import Tensor
 
 from client.app import Holder, build_app
-from client.policy import Policy
 from client.state import HolderState
+from common.errors import Refusal
 from common.flower import BaseGrid, stamp
 from common.plan import TrainingPlan
-from common.privacy.ledger import Budget
 from common.privacy.noise import Randomness, SeededRandomness
 from common.tasks.base import HolderData, Task, derived_seed
-from common.wire import FAILED, EvaluateReply, RoundRequest, TrainReply
+from common.wire import FAILED, EvaluateReply, RoundRequest, TrainReply, refusal_error
 from server.aggregation import STRATEGIES
+from simulations.policy import simulated_policy
 from simulations.sums import ExactSum
 from simulations.workers import Assignment, Cut, Job, Private, Total, Workers, jobs_of
 
@@ -34,20 +34,12 @@ __all__ = ["BatchedGrid", "InProcessGrid", "in_process", "simulated_holder"]
 def simulated_holder(
     name: str, task: Task, data: HolderData, plan: TrainingPlan, device: torch.device
 ) -> Holder:
-    """A holder of a simulation: its ledger is real but in memory, its randomness is seeded.
-
-    Its budget is the plan's own, so the ledger is exercised; its metrics are shared and its size
-    declared exactly, because the experimenter holds the data anyway.
-    """
-    privacy = plan.privacy
-    private = privacy.kind == "dp"
-    budget = Budget(privacy.epsilon, privacy.delta) if privacy.kind == "dp" else None
+    """A holder of a simulation: its ledger is real but in memory, its randomness is seeded."""
 
     def randomness(request: RoundRequest) -> Randomness:
         return SeededRandomness("simulation", plan.seed, name, request.round)
 
-    size_class = max(1, len(data.train))
-    policy = Policy(name, budget, not private, share_metrics=True, size_class=size_class)
+    policy = simulated_policy(name, plan, len(data.train))
     state = HolderState.in_memory()
     seed = derived_seed("private", plan.seed, name)
     return Holder(name, task, data, policy, state, device, randomness=randomness, seed=seed)
@@ -201,7 +193,10 @@ class BatchedGrid(BaseGrid):
             for place, private in outcome.private.items():
                 self._private[job.assignments[place].holder] = private
             for place, message in enumerate(messages[first : first + len(job.assignments)]):
-                if place in outcome.failed:
+                if place in outcome.declined:
+                    refusal = Refusal(*outcome.declined[place])
+                    replies.append(Message(refusal_error(refusal), reply_to=message))
+                elif place in outcome.failed:
                     replies.append(_failure(message, outcome.failed[place]))
                 elif place in outcome.singles:
                     weight = outcome.weights[place]

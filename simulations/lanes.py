@@ -273,7 +273,7 @@ class _Gathered:
                 self._totals[point].merge(total)
             else:
                 self._totals[point] = total
-        for place in outcome.failed:
+        for place in (*outcome.failed, *outcome.declined):
             self._refuse(job.assignments[place].point)
         for place, update in outcome.singles.items():
             one = job.assignments[place]

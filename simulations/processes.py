@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -75,11 +75,10 @@ class Processes:
             copy.ask(method, [jobs[place] for place in share])
         answers: dict[int, Any] = {}
         try:
-            with _one_thread():
-                for place in shares[0]:
-                    answers[place] = getattr(self._trainer, method)(jobs[place])
-                for copy, share in zip(copies, shares[1:], strict=True):
-                    answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
+            for place in shares[0]:
+                answers[place] = getattr(self._trainer, method)(jobs[place])
+            for copy, share in zip(copies, shares[1:], strict=True):
+                answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
         except BaseException:
             self.close()  # an answer that nobody reads would be taken for the next one's
             raise
@@ -154,14 +153,3 @@ def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
             pipe.send(answer)
         except ConnectionError:
             return
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Leave the other cores to the copies."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

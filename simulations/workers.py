@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.errors import SottoError
+from common.errors import Refusal, SottoError
 from common.plan import TrainingPlan
 from common.privacy.noise import simulation_key
 from common.tasks.base import Examples, HolderData, Task, derived_seed
@@ -28,6 +28,7 @@ from common.tasks.parameters import private_of
 from common.tasks.separation import require_separate_units
 from simulations.batched import Block, Terms, predict, train
 from simulations.layers import Weights
+from simulations.policy import simulated_policy
 from simulations.randomness import block_randomness
 from simulations.stack import StackedModel
 from simulations.sums import ExactSum
@@ -54,8 +55,9 @@ logger = logging.getLogger("sotto.simulation")
 Private = Mapping[str, Tensor]
 """One holder's private parameters by name."""
 
-CACHE_BYTES = 3 * 2**20
-"""What a block's parameters and activations may take on a CPU: more falls out of its caches."""
+BLOCK_BYTES = 2**24
+"""What a block's parameters and activations may take on a CPU. Much more falls out of its caches
+between two layers; much less spends its time on Python."""
 
 KEPT_BYTES = 2**28
 """Assembled blocks kept for the next round."""
@@ -63,11 +65,8 @@ KEPT_BYTES = 2**28
 COPIES = 6
 """Arrays as large as a holder's parameters that a step touches: themselves, gradient, noise, …"""
 
-LARGEST_BLOCK = 2**29
-"""The same of a block on a CPU at most, however few holders that is."""
-
 MOST, FEWEST, SEVERAL = 256, 64, 2
-"""Holders in a job at most; holders that make a job worth its overhead; jobs come in twos."""
+"""Holders in a job at most; holders that are worth two jobs; jobs come in twos."""
 
 USUAL = 64
 """Numbers that layers keep of one unit, where that could not be measured."""
@@ -181,6 +180,7 @@ class Outcome(Travels):
         weights: of these, by position.
         private: position of an assignment → its private parameters.
         failed: position of an assignment whose data or loss broke → the error's type.
+        declined: position of an assignment whose holder does not allow it → rule and sentence.
     """
 
     totals: Totals = field(default_factory=dict)
@@ -188,6 +188,7 @@ class Outcome(Travels):
     weights: dict[int, float] = field(default_factory=dict)
     private: dict[int, Private] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    declined: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
 Judged = dict[str, float] | str
@@ -248,7 +249,11 @@ class BlockTrainer:
         def do(part: Sequence[int]) -> None:
             self._train_block(job, part, outcome)
 
-        outcome.failed.update(self._each_part(job, "train", do))
+        def allowed(sizes: dict[int, int]) -> dict[int, int]:
+            return self._allowed(job, sizes, outcome)
+
+        with _one_thread(self._device):
+            outcome.failed.update(self._each_part(job, "train", do, allowed))
         return outcome
 
     def evaluate(self, job: Job) -> list[Judged]:
@@ -258,17 +263,28 @@ class BlockTrainer:
         def do(part: Sequence[int]) -> None:
             found.update(zip(part, self._judge(job, part), strict=True))
 
-        found.update(self._each_part(job, "test", do))
+        with _one_thread(self._device):
+            found.update(self._each_part(job, "test", do))
         return [found[position] for position in range(len(job.assignments))]
 
     # -- inside ------------------------------------------------------------------------------
 
     def _each_part(
-        self, job: Job, half: str, do: Callable[[Sequence[int]], None]
+        self,
+        job: Job,
+        half: str,
+        do: Callable[[Sequence[int]], None],
+        allowed: Callable[[dict[int, int]], dict[int, int]] = lambda sizes: sizes,
     ) -> dict[int, str]:
         """Do every block of a job; where one fails, its holders one by one.
 
         So one holder's data cost that holder its round, as in a deployment, and nobody else.
+
+        Args:
+            job: to do.
+            half: ``train`` or ``test``.
+            do: a block, given by the positions of its assignments.
+            allowed: of all positions with their sizes, those to do.
 
         Returns:
             Position of an assignment that fails by itself → the error's type.
@@ -278,7 +294,7 @@ class BlockTrainer:
         for position, one in enumerate(job.assignments):
             with self._failing(one, position, failed):
                 sizes[position] = len(getattr(self._data[one.data], half))
-        for part in _alike(sizes):
+        for part in _alike(allowed(sizes)):
             try:
                 do(part)
             except SottoError:
@@ -288,6 +304,22 @@ class BlockTrainer:
                     with self._failing(job.assignments[position], position, failed):
                         do([position])
         return failed
+
+    def _allowed(self, job: Job, sizes: dict[int, int], outcome: Outcome) -> dict[int, int]:
+        """The positions whose holders' policies allow the plan, with their sizes.
+
+        Raises:
+            ConfigurationError: the policy does not fit a holder's data.
+        """
+        for position, units in sizes.items():
+            one = job.assignments[position]
+            policy = simulated_policy(one.holder, one.plan, units)
+            policy.check_data(units)
+            try:
+                policy.check(one.plan, self._task)
+            except Refusal as refusal:
+                outcome.declined[position] = (refusal.code, refusal.sentence)
+        return {place: size for place, size in sizes.items() if place not in outcome.declined}
 
     @contextmanager
     def _failing(
@@ -389,7 +421,8 @@ class BlockTrainer:
             examples = [getattr(self._data[key], half) for key in distinct]
             which = [distinct[key] for key in keys]
             block = Block.of(examples, self._task.padding, self._device, which)
-            self._blocks.put(name, block)
+            if all(job.assignments[position].plan.cohort is None for position in part):
+                self._blocks.put(name, block)  # drawn cohorts do not come again
         return block
 
     def _starts(self, job: Job, part: Sequence[int]) -> Tensor:
@@ -529,6 +562,20 @@ class _Shelf:
             self._blocks[name] = block
 
 
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Compute with one thread: how a product is cut among threads changes its last bits."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _alike(sizes: Mapping[int, int]) -> list[list[int]]:
     """Positions of assignments, given with their sizes, in blocks of similar ones.
 
@@ -596,6 +643,4 @@ def _holders_at_once(device: torch.device, bytes_each: int) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return max(1, free // 2 // bytes_each)
-    # Too few would spend their time on Python; too many, of large models, would not fit.
-    wanted = max(FEWEST, CACHE_BYTES // bytes_each)
-    return max(1, min(MOST, wanted, LARGEST_BLOCK // bytes_each))
+    return max(1, min(MOST, BLOCK_BYTES // bytes_each))

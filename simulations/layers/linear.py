@@ -11,6 +11,9 @@ from simulations.layers.base import Call, Record, Rule, Weights, gradient, seque
 
 __all__ = ["LinearRule", "outer_square_norms"]
 
+GRAM_COST = 2
+"""Of a double-precision product, in single-precision ones."""
+
 
 class LinearRule(Rule):
     """``nn.Linear`` on [H·B, in] or on sequences [H·B, ..., in]."""
@@ -75,7 +78,7 @@ def outer_square_norms(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
     """‖Σ_t g_t x_tᵀ‖² (+ ‖Σ_t g_t‖² for a bias) of each unit, without the product where it pays.
 
     ``Σ_{t,t'} (g_t·g_t')(x_t·x_t' + 1)`` costs T²·(in + out), the product itself T·in·out
-    (Bu et al. 2022, section 3.3: take the cheaper one).
+    (Bu et al. 2022, section 3.3: take the cheaper one); the former in double precision.
 
     Args:
         inputs: [H, B, T, in]; [H, B, in] for T = 1.
@@ -90,12 +93,15 @@ def outer_square_norms(inputs: Tensor, grads: Tensor, *, bias: bool) -> Tensor:
     length, width, out = *inputs.shape[2:], grads.shape[3]
     if length == 1:
         return _one_outer_square_norms(inputs.squeeze(2), grads.squeeze(2), bias=bias)
-    if length * (width + out) <= width * out:
-        products = inputs @ inputs.transpose(-1, -2)
+    if GRAM_COST * length * (width + out) <= width * out:
+        # Terms of a unit may cancel to a small fraction of themselves; a norm that float32 rounded
+        # to less than it is would let the unit pass its bound.
+        exact_inputs, exact_grads = inputs.double(), grads.double()
+        products = exact_inputs @ exact_inputs.transpose(-1, -2)
         if bias:
             products += 1.0
-        # The Gram product of a zero matrix or of cancelling terms may round to below zero.
-        return (products * (grads @ grads.transpose(-1, -2))).sum((-1, -2)).clamp(min=0.0)
+        squares = (products * (exact_grads @ exact_grads.transpose(-1, -2))).sum((-1, -2))
+        return squares.clamp(min=0.0).to(grads.dtype)
     # Holder by holder: as large as all per-unit gradients of one layer of one holder, not of all.
     squares = torch.stack(
         [

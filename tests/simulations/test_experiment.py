@@ -33,11 +33,19 @@ def simulate(
     seeds: tuple[int, ...] = (0,),
     folder: Path | None = None,
     baselines: bool = False,
+    engine: str = "batched",
     **settings: object,
 ) -> ExperimentResult:
     asked = experiment(task, **settings)
     return run_experiment(
-        Experiment(task or asked.task, asked.plan, seeds, baselines=baselines, folder=folder)
+        Experiment(
+            task or asked.task,
+            asked.plan,
+            seeds,
+            baselines=baselines,
+            folder=folder,
+            engine=engine,
+        )
     )
 
 
@@ -233,3 +241,18 @@ def test_the_number_of_holders_is_the_experiments_to_choose() -> None:
     result = run_experiment(Experiment(task, plan, holders=2))
     assert list(result.holders) == ["clinic-1", "clinic-2"]
     assert set(result.finals[0]) == {"clinic-1", "clinic-2"}
+
+
+# -- what a holder's policy says ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["batched", "opacus"])
+def test_a_delta_that_means_nothing_is_refused(engine: str) -> None:
+    with pytest.raises(ConfigurationError, match="must be below 1/n"):
+        simulate(engine=engine, delta=0.5)
+
+
+@pytest.mark.parametrize("engine", ["batched", "opacus"])
+def test_a_plan_for_far_smaller_holders_is_declined(engine: str) -> None:
+    with pytest.raises(RunError, match="declined: holder_size"):
+        simulate(engine=engine, holder_size=2)

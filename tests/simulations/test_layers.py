@@ -358,3 +358,18 @@ def test_kept_calls() -> None:
     assert call.saved["input"].tolist() == [[1.0, 0.0]]
     assert call.saved["index"].tolist() == [[[5], [0]]]
     assert call.grad is None
+
+
+def test_terms_that_cancel_do_not_hide_a_norm() -> None:
+    """In single precision the Gram sum of such a unit is rounding error, and may be zero."""
+    chance = torch.Generator().manual_seed(0)
+    length, width = 4, 64
+    inputs = torch.randn(1, 1, 1, width, generator=chance).expand(1, 300, length, width) * 30
+    inputs = inputs + 1e-3 * torch.randn(1, 300, length, width, generator=chance)
+    grads = 30 * torch.randn(1, 300, length, width, generator=chance)
+    grads = grads - grads.mean(2, keepdim=True)
+    true = torch.einsum("hbto,hbti->hboi", grads.double(), inputs.double()).square().sum((2, 3))
+    found = outer_square_norms(inputs, grads, bias=False).double()
+    torch.testing.assert_close(found, true, rtol=1e-3, atol=0)
+    products = (inputs @ inputs.transpose(-1, -2)) * (grads @ grads.transpose(-1, -2))
+    assert ((products.sum((-1, -2)) - true).abs() > true).any(), "float32 would not do"
