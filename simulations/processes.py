@@ -11,18 +11,34 @@ import logging
 import multiprocessing
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from simulations.workers import Assignment, BlockTrainer, Cut, InProcess, Job, Judged, Outcome
+from simulations.workers import (
+    Assignment,
+    BlockTrainer,
+    Cut,
+    Job,
+    Judged,
+    Outcome,
+    Totals,
+    gather,
+)
 
 __all__ = ["Processes"]
 
 logger = logging.getLogger("sotto.simulation")
+
+_NOWHERE = torch.empty(0, 0)
+
+AWAKE = 0.02
+"""Seconds: more than lies between the rounds of a small federation."""
 
 _OUR_ENDS: set[Connection] = set()
 """Of the pipes to all copies that this process has."""
@@ -42,12 +58,13 @@ class Processes:
     def __init__(self, trainer: BlockTrainer, number: int | None = None) -> None:
         can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
         self._number = (number or torch.get_num_threads()) if can_fork else 1
-        self._trainer, self._here = trainer, InProcess(trainer)
+        self._trainer = trainer
         self._copies: list[_Copy] = []
+        self._threads: int | None = None
 
     def measure(self, assignment: Assignment) -> Cut:
         """See :meth:`BlockTrainer.measure`."""
-        return self._here.measure(assignment)
+        return self._trainer.measure(assignment)
 
     def train(self, jobs: Sequence[Job]) -> Iterator[Outcome]:
         """The outcome of every job, in their order."""
@@ -62,11 +79,18 @@ class Processes:
         for copy in self._copies:
             copy.end()
         self._copies = []
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+            self._threads = None
 
     def _shared(self, method: str, jobs: Sequence[Job]) -> list[Any]:
         number = min(self._number, len(jobs))
         if number < 2:
-            return [getattr(self._trainer, method)(job) for job in jobs]
+            return self._here(method, jobs, range(len(jobs)))
+        if self._threads is None:
+            # Two threads here would wait for a core that a copy has, at every operation.
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(1)
         while len(self._copies) < self._number - 1:
             self._copies.append(_Copy(self._trainer))
         copies = self._copies[: number - 1]
@@ -75,8 +99,7 @@ class Processes:
             copy.ask(method, [jobs[place] for place in share])
         answers: dict[int, Any] = {}
         try:
-            for place in shares[0]:
-                answers[place] = getattr(self._trainer, method)(jobs[place])
+            answers |= zip(shares[0], self._here(method, jobs, shares[0]), strict=True)
             for copy, share in zip(copies, shares[1:], strict=True):
                 answers |= zip(share, self._answer(copy, method, jobs, share), strict=True)
         except BaseException:
@@ -93,7 +116,10 @@ class Processes:
             logger.warning("a worker process died; its part of the round is done again")
             self._copies.remove(copy)
             copy.end()
-            return [getattr(self._trainer, method)(jobs[place]) for place in share]
+            return self._here(method, jobs, share)
+
+    def _here(self, method: str, jobs: Sequence[Job], share: Sequence[int]) -> list[Any]:
+        return _done(self._trainer, method, [jobs[place] for place in share])
 
 
 class _Copy:
@@ -112,12 +138,14 @@ class _Copy:
         theirs.close()
 
     def ask(self, method: str, jobs: Sequence[Job]) -> None:
-        """Hand over jobs."""
+        """Hand over jobs of one round; the parameters, which they share, once."""
+        bare = [replace(job, parameters=_NOWHERE) for job in jobs]
         with suppress(ConnectionError):  # if it has died, that shows when its answer is read
-            self._pipe.send((method, jobs))
+            self._pipe.send((method, jobs[0].parameters.numpy(), bare))
 
     def answer(self) -> list[Any]:
         """What came of them; raises what they raised."""
+        _watch(self._pipe)
         answer = self._pipe.recv()
         if isinstance(answer, BaseException):
             raise answer
@@ -132,6 +160,31 @@ class _Copy:
         self._process.join()
 
 
+def _done(trainer: BlockTrainer, method: str, jobs: Sequence[Job]) -> list[Any]:
+    """What came of some jobs; all totals with the last, so that there is one sum to hand over."""
+    if method == "evaluate":
+        return [trainer.evaluate(job) for job in jobs]
+    outcomes: list[Outcome] = []
+    totals: Totals = {}
+    for job in jobs:
+        outcome = trainer.train(job)
+        gather(totals, outcome.totals)
+        outcomes.append(replace(outcome, totals={}))
+    if outcomes:
+        outcomes[-1] = replace(outcomes[-1], totals=totals)
+    return outcomes
+
+
+def _watch(pipe: Connection) -> None:
+    """Wait a moment for something to read, awake.
+
+    Who sleeps is often woken on the core of whoever wrote, and then both share that one.
+    """
+    end = time.perf_counter() + AWAKE
+    while not pipe.poll() and time.perf_counter() < end:
+        pass
+
+
 def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
     """The life of a copy."""
     # An interruption ends the process that we are a copy of, and with its pipe us: unless we, or
@@ -142,11 +195,14 @@ def _serve(pipe: Connection, trainer: BlockTrainer) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            method, jobs = pipe.recv()
+            _watch(pipe)
+            method, parameters, bare = pipe.recv()
         except (EOFError, ConnectionError):
             return
+        shared = torch.tensor(parameters)
+        jobs = [replace(job, parameters=shared) for job in bare]
         try:
-            answer: Any = [getattr(trainer, method)(job) for job in jobs]
+            answer: Any = _done(trainer, method, jobs)
         except Exception as error:
             answer = error
         try:

@@ -157,6 +157,15 @@ Totals = dict[int, Total]
 """Weighted sums by point."""
 
 
+def gather(into: Totals, more: Totals) -> None:
+    """Add terms in place; what ``into`` has nothing of yet it takes as it is."""
+    for point, total in more.items():
+        if point in into:
+            into[point].merge(total)
+        else:
+            into[point] = total
+
+
 def merged(parts: Iterable[Totals]) -> Totals:
     """The sums of all terms, in new objects."""
     together: Totals = {}
@@ -353,7 +362,7 @@ class BlockTrainer:
             simulation_key("simulation", one.plan.seed, one.holder, job.number) for one in chosen
         ]
         own = self._private(job, part)
-        with _seeded(keys[0]):
+        with _seeded(keys[0], self._device):
             updates, private = train(
                 self._model,
                 block,
@@ -446,7 +455,7 @@ class BlockTrainer:
         units = len(self._data[assignment.data].train)
         seed = derived_seed("private", assignment.plan.seed, assignment.holder)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return private_of(self._task, self._task.model(units))
 
 
@@ -592,10 +601,13 @@ def _alike(sizes: Mapping[int, int]) -> list[list[int]]:
 
 
 @contextmanager
-def _seeded(key: bytes) -> Iterator[None]:
+def _seeded(key: bytes, device: torch.device) -> Iterator[None]:
     """What layers draw from torch's own generator, as dropout does, follows from the key."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed("layers", key))
+        # Not torch.manual_seed: without a GPU that notes down a traceback for it, every time.
+        torch.default_generator.manual_seed(derived_seed("layers", key))
+        if device.type == "cuda":
+            torch.cuda.manual_seed(derived_seed("layers", key))
         yield
 
 

@@ -6,6 +6,8 @@ held out and competes with 99 items drawn from those that the user never took.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -46,42 +48,52 @@ def leave_one_out(table: pd.DataFrame, item: Column, rng: np.random.Generator) -
         Training rows, and 100 test rows for each tested user, the held-out item first: columns
         ``user``, ``item`` and ``held_out`` (True, then 99 times False).
     """
-    rows = _in_order_of_time(table, rng)
-    taken = _taken(rows, item)
-    users, first, count = np.unique(rows["user"], return_index=True, return_counts=True)
+    user, item_of, time = _in_order_of_time(table, rng)
+    taken = _taken(user, item_of, item)
+    users, first, count = np.unique(user, return_index=True, return_counts=True)
     testable = (count >= 2) & ((~taken).sum(1) >= NEGATIVES)
     latest = (first + count - 1)[testable]
-    held_out = rows["item"].to_numpy()[latest]
     negatives = _sample_others(taken[testable], NEGATIVES, rng) + catalogue_of(item)[0]
     test = pd.DataFrame(
         {
             "user": np.repeat(users[testable], CANDIDATES),
-            "item": np.column_stack([held_out, negatives]).ravel(),
-            "held_out": np.tile(np.arange(CANDIDATES) == 0, len(held_out)),
+            "item": np.column_stack([item_of[latest], negatives]).ravel(),
+            "held_out": np.tile(np.arange(CANDIDATES) == 0, len(latest)),
         }
     )
-    return HolderTables(train=rows.drop(index=latest).reset_index(drop=True), test=test)
+    kept = np.ones(len(user), dtype=bool)
+    kept[latest] = False
+    train = pd.DataFrame({"user": user[kept], "item": item_of[kept], "time": time[kept]})
+    return HolderTables(train=train, test=test)
 
 
-def _in_order_of_time(table: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """Distinct (user, item) rows by user and time; ties, and users with unknown times, shuffled.
+def _in_order_of_time(
+    table: pd.DataFrame, rng: np.random.Generator
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """User, item and time of distinct (user, item) rows; ties, and unknown times, shuffled.
 
-    In numpy, because a fleet of one-user holders calls it a thousand times.
+    In numpy, because a fleet of one-user holders calls it thousands of times.
     """
-    users, user = np.unique(table["user"], return_inverse=True)
-    time = table["time"].to_numpy(dtype=np.float64)
-    unknown = np.bincount(user, weights=np.isnan(time), minlength=len(users)) > 0
-    order = np.lexsort((rng.random(len(table)), np.where(unknown[user], 0.0, time), user))
-    ordered = table.take(order)
-    return ordered.drop_duplicates(["user", "item"], keep="last").reset_index(drop=True)
+    user, item, time = (table[name].to_numpy() for name in ("user", "item", "time"))
+    users, code = np.unique(user, return_inverse=True)
+    moment = time.astype(np.float64)
+    unknown = np.bincount(code, weights=np.isnan(moment), minlength=len(users)) > 0
+    order = np.lexsort((rng.random(len(user)), np.where(unknown[code], 0.0, moment), code))
+    pair = (code * (item.max(initial=0) + 1) + item)[order]
+    # Of rows that say the same of a user and an item, the last one counts.
+    _, from_the_end = np.unique(pair[::-1], return_index=True)
+    rows = order[np.sort(len(pair) - 1 - from_the_end)]
+    return user[rows], item[rows], time[rows]
 
 
-def _taken(rows: pd.DataFrame, item: Column) -> npt.NDArray[np.bool_]:
+def _taken(
+    user: npt.NDArray[Any], item_of: npt.NDArray[np.int64], item: Column
+) -> npt.NDArray[np.bool_]:
     """Who took what: [users in ascending order, catalogue]."""
     first, size = catalogue_of(item)
-    users, user = np.unique(rows["user"], return_inverse=True)
+    users, code = np.unique(user, return_inverse=True)
     taken = np.zeros((len(users), size), dtype=bool)
-    taken[user, rows["item"].to_numpy() - first] = True
+    taken[code, item_of - first] = True
     return taken
 
 

@@ -161,8 +161,11 @@ class Recommendation(Task):
         Raises:
             DataError: a user took the whole catalogue, so that nothing is left to compare with.
         """
-        pairs = np.unique(table[["user", "item"]].to_numpy(), axis=0)  # ascending
-        _, user, count = np.unique(pairs[:, 0], return_inverse=True, return_counts=True)
+        users, code = np.unique(table["user"].to_numpy(), return_inverse=True)
+        place = table["item"].to_numpy() - self._first_item
+        pairs = np.unique(code * self._catalogue + place)  # ascending, by user and then item
+        user, taken = np.divmod(pairs, self._catalogue)
+        count = np.bincount(user, minlength=len(users))
         if count.max() >= self._catalogue:
             raise DataError(
                 f"a user took all {self._catalogue} items of the catalogue; a user must leave at "
@@ -170,7 +173,7 @@ class Recommendation(Task):
             )
         starts = np.cumsum(count) - count
         items = np.full((len(count), int(count.max())), self._catalogue, dtype=np.int64)
-        items[user, np.arange(len(user)) - starts[user]] = pairs[:, 1] - self._first_item
+        items[user, np.arange(len(user)) - starts[user]] = taken
         return Examples(
             {
                 "user": torch.arange(len(count)),
