@@ -46,7 +46,7 @@ __all__ = ["RayWorkers", "cluster"]
 
 _Result = TypeVar("_Result")
 
-BUNDLES = 4
+BUNDLES = 2
 """Bundles of each actor in a round: what it has not begun another can take."""
 
 ATTEMPTS = 3

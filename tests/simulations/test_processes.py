@@ -307,14 +307,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_are_as_before(threads: int) -> None:
+def test_threads_are_as_before_in_the_end(threads: int) -> None:
     task = TinyTask()
     usual = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with processes(task, 2) as together:
             a_round(together, jobs(task))
-            assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 1, "the other cores are the copies'"
+        assert torch.get_num_threads() == threads
         assert Processes(trainer_of(task))._number == threads
     finally:
         torch.set_num_threads(usual)
