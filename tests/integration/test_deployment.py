@@ -230,7 +230,11 @@ def test_a_coordinator_killed_in_mid_run_goes_on_where_it_stopped(
     (run,) = federation.runs  # no second run was begun
     rounds = federation.rounds()
     assert [line["round"] for line in rounds] == list(range(1, 201))
-    assert rounds[:done] == before[:done]  # these were not done again
+    # These were not done again; the last one's line is missing if the kill came between its
+    # checkpoint and the line.
+    noted = before[:done]
+    assert rounds[: len(noted)] == noted
+    assert len(noted) >= done - 1
     for account in accounts(federation, clinics):
         account.require_each_round_once(run.plan, run.run_id)
 
