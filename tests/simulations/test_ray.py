@@ -58,8 +58,17 @@ def ray() -> Iterator[Any]:
     """One cluster for all tests here: starting it takes longer than they do."""
     module = pytest.importorskip("ray")
     with ExitStack() as stack:
+        late = ""
         with without_its_litter():
-            stack.enter_context(cluster(workers=3))
+            try:
+                stack.enter_context(cluster(workers=3))
+            except RuntimeError as error:
+                late = str(error)
+                if "Timed out" not in late:
+                    raise
+        if late:  # Ray gives its own processes a time limit, which a busy machine may exceed
+            module.shutdown()
+            pytest.skip(f"Ray did not start on this machine: {late}")
         yield module
         with without_its_litter():
             stack.close()
