@@ -33,8 +33,9 @@ from common.tasks import load as load_task
 from common.tasks.base import Examples, HolderData
 from server.rounds import RoundSummary
 from simulations.experiment import COHORTS_KEPT, Experiment, run_experiment
+from simulations.jobs import Assignment, Cut, Job, Judged, Outcome
 from simulations.sweep import Sweep, run_sweep
-from simulations.workers import Assignment, Cut, Job, Judged, Outcome, Workers
+from simulations.workers import Workers
 
 __all__ = ["PARTS", "Options", "Part", "Target"]
 

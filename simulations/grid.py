@@ -24,9 +24,10 @@ from common.privacy.noise import Randomness, SeededRandomness
 from common.tasks.base import HolderData, Task, derived_seed
 from common.wire import FAILED, EvaluateReply, RoundRequest, TrainReply, refusal_error
 from server.aggregation import STRATEGIES
+from simulations.jobs import Assignment, Cut, Job, Private, Total, jobs_of
 from simulations.policy import simulated_policy
 from simulations.sums import ExactSum
-from simulations.workers import Assignment, Cut, Job, Private, Total, Workers, jobs_of
+from simulations.workers import Workers
 
 __all__ = ["BatchedGrid", "InProcessGrid", "in_process", "simulated_holder"]
 

@@ -23,8 +23,9 @@ from common.wire import PARAMETERS, TrainReply, array_of
 from server.aggregation import STRATEGIES, build_strategy, snapshot
 from server.checkpoints import RunState
 from server.rounds import cohort_of, result_of
+from simulations.jobs import Assignment, Cut, Job, Outcome, Private, Totals, gather, jobs_of
 from simulations.results import Metrics
-from simulations.workers import Assignment, Cut, Job, Outcome, Private, Total, Workers, jobs_of
+from simulations.workers import Workers
 
 __all__ = ["Member", "Result", "Run", "Stack", "stacks_of"]
 
@@ -260,7 +261,7 @@ class _Gathered:
     def __init__(self, parameters: Tensor) -> None:
         self._parameters = parameters
         self._asked: dict[int, int] = {}
-        self._totals: dict[int, Total] = {}
+        self._totals: Totals = {}
         self._singles: dict[int, list[TrainReply]] = {}
         self._refused: dict[int, int] = {}
 
@@ -268,11 +269,7 @@ class _Gathered:
         """Take in what came of a job."""
         for one in job.assignments:
             self._asked[one.point] = self._asked.get(one.point, 0) + 1
-        for point, total in outcome.totals.items():
-            if point in self._totals:
-                self._totals[point].merge(total)
-            else:
-                self._totals[point] = total
+        gather(self._totals, outcome.totals)
         for place in (*outcome.failed, *outcome.declined):
             self._refuse(job.assignments[place].point)
         for place, update in outcome.singles.items():

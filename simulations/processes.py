@@ -20,16 +20,8 @@ from typing import Any
 
 import torch
 
-from simulations.workers import (
-    Assignment,
-    BlockTrainer,
-    Cut,
-    Job,
-    Judged,
-    Outcome,
-    Totals,
-    gather,
-)
+from simulations.jobs import Assignment, Cut, Job, Judged, Outcome, Totals, gather
+from simulations.workers import BlockTrainer
 
 __all__ = ["Processes"]
 

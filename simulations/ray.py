@@ -31,16 +31,8 @@ from numpy.typing import NDArray
 
 from common.errors import ConfigurationError, RunError
 from common.tasks.base import HolderData, Task
-from simulations.workers import (
-    Assignment,
-    BlockTrainer,
-    Cut,
-    Job,
-    Judged,
-    Outcome,
-    Totals,
-    merged,
-)
+from simulations.jobs import Assignment, Cut, Job, Judged, Outcome, Totals, merged
+from simulations.workers import BlockTrainer
 
 __all__ = ["RayWorkers", "cluster"]
 

@@ -1,20 +1,14 @@
 """Who computes a round's blocks: the trainer of one block, and workers that share them.
 
-A round's holders are cut into jobs; a job is trained as one block (or a few, where its holders
-differ much in size), and its updates are summed where they are made. How holders are cut depends
-on the round only, never on how many workers there are, and sums are exact
-(:mod:`simulations.sums`), so any number of workers gives the same bits in any order.
+A job (:mod:`simulations.jobs`) is trained as one block, or a few where its holders differ much in
+size, and its updates are summed where they are made.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -27,33 +21,28 @@ from common.tasks.base import Examples, HolderData, Task, derived_seed
 from common.tasks.parameters import private_of
 from common.tasks.separation import require_separate_units
 from simulations.batched import Block, Terms, predict, train
+from simulations.jobs import (
+    FEWEST,
+    USUAL,
+    Assignment,
+    Cut,
+    Job,
+    Judged,
+    Outcome,
+    Private,
+    Total,
+    Totals,
+    gather,
+)
 from simulations.layers import Weights
 from simulations.policy import simulated_policy
 from simulations.randomness import block_randomness
 from simulations.stack import StackedModel
 from simulations.sums import ExactSum
-from simulations.travel import Travels
 
-__all__ = [
-    "Assignment",
-    "BlockTrainer",
-    "Cut",
-    "InProcess",
-    "Job",
-    "Judged",
-    "Outcome",
-    "Private",
-    "Total",
-    "Totals",
-    "Workers",
-    "jobs_of",
-    "merged",
-]
+__all__ = ["BlockTrainer", "InProcess", "Workers"]
 
 logger = logging.getLogger("sotto.simulation")
-
-Private = Mapping[str, Tensor]
-"""One holder's private parameters by name."""
 
 BLOCK_BYTES = 2**24
 """What a block's parameters and activations may take on a CPU. Much more falls out of its caches
@@ -65,143 +54,11 @@ KEPT_BYTES = 2**28
 COPIES = 6
 """Arrays as large as a holder's parameters that a step touches: themselves, gradient, noise, …"""
 
-MOST, FEWEST, SEVERAL = 256, 64, 2
-"""Holders in a job at most; holders that are worth two jobs; jobs come in twos."""
-
-USUAL = 64
-"""Numbers that layers keep of one unit, where that could not be measured."""
+MOST = 256
+"""Holders in a job at most."""
 
 UNLIKE = 4
 """Holders of less than one in so many of the largest one's size get a block of their own."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """One holder's part in a round.
-
-    Args:
-        holder: its name; its random streams are named after it.
-        data: key of its data.
-        plan: what it is asked to do.
-        point: which model it starts from, and whose sum its update enters; a sweep has several.
-    """
-
-    holder: str
-    data: str
-    plan: TrainingPlan
-    point: int = 0
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How to cut a round into jobs, for holders like the one that was looked at.
-
-    Args:
-        holders: in a job at most.
-        a_unit: numbers that the model's layers keep of one unit during a pass, roughly.
-    """
-
-    holders: int
-    a_unit: int
-
-
-@dataclass(frozen=True)
-class Job(Travels):
-    """What one worker does at a time.
-
-    Args:
-        assignments: of one round, all with or all without privacy and with one optimizer.
-        number: of the round.
-        parameters: shared, of each point: [P, D] float32.
-        private: private parameters of those assignments that have some already, by position.
-        individually: whether every update is wanted, or only their sum.
-        a_unit: as in :class:`Cut`.
-    """
-
-    assignments: Sequence[Assignment]
-    number: int
-    parameters: Tensor
-    private: Mapping[int, Private] = field(default_factory=dict)
-    individually: bool = False
-    a_unit: int = USUAL
-
-
-@dataclass
-class Total:
-    """A weighted sum of updates; neither order nor grouping of the terms changes a bit.
-
-    Args:
-        sum: Σ weight · update, [D].
-        weight: Σ weight.
-    """
-
-    sum: ExactSum
-    weight: Fraction = Fraction(0)
-
-    def add(self, vector: Tensor, weight: float) -> None:
-        """Add a term: some weighted updates' sum, [D] float64, and the sum of their weights."""
-        self.sum.add(vector)
-        self.weight += Fraction(weight)
-
-    def merge(self, other: Total) -> None:
-        """Add another's terms."""
-        self.sum.merge(other.sum)
-        self.weight += other.weight
-
-    def mean(self) -> Tensor:
-        """The weighted mean, [D] float64."""
-        return self.sum.total() / float(self.weight)
-
-
-Totals = dict[int, Total]
-"""Weighted sums by point."""
-
-
-def gather(into: Totals, more: Totals) -> None:
-    """Add terms in place; what ``into`` has nothing of yet it takes as it is."""
-    for point, total in more.items():
-        if point in into:
-            into[point].merge(total)
-        else:
-            into[point] = total
-
-
-def merged(parts: Iterable[Totals]) -> Totals:
-    """The sums of all terms, in new objects."""
-    together: Totals = {}
-    for part in parts:
-        for point, total in part.items():
-            if point not in together:
-                together[point] = Total(ExactSum(total.sum.dimension))
-            together[point].merge(total)
-    return together
-
-
-@dataclass(frozen=True)
-class Outcome(Travels):
-    """What came of a job.
-
-    Args:
-        totals: by point. Workers may hand over the totals of several jobs with the last of these:
-            only the sum over all jobs of a call means something.
-        singles: position of an assignment → its update [D], where it is not in a total: because
-            it was wanted, or because it is not one that the plan allows.
-        weights: of these, by position.
-        private: position of an assignment → its private parameters.
-        failed: position of an assignment whose data or loss broke → the error's type.
-        declined: position of an assignment whose holder does not allow it → rule and sentence.
-    """
-
-    totals: Totals = field(default_factory=dict)
-    singles: dict[int, Tensor] = field(default_factory=dict)
-    weights: dict[int, float] = field(default_factory=dict)
-    private: dict[int, Private] = field(default_factory=dict)
-    failed: dict[int, str] = field(default_factory=dict)
-    declined: dict[int, tuple[str, str]] = field(default_factory=dict)
-
-
-Judged = dict[str, float] | str
-"""A holder's metrics, or the type of the error that they ended in."""
 
 
 class BlockTrainer:
@@ -414,8 +271,7 @@ class BlockTrainer:
             shares = torch.tensor([weights[row] for row in rows], dtype=torch.float64)
             totals[point] = Total(ExactSum(self.dimension))
             totals[point].add(_weighted_sum(some, shares), float(shares.sum()))
-        for point, total in totals.items():
-            outcome.totals.setdefault(point, Total(ExactSum(self.dimension))).merge(total)
+        gather(outcome.totals, totals)
         for row in aside:
             outcome.singles[part[row]] = updates[row].cpu()
             outcome.weights[part[row]] = weights[row]
@@ -503,45 +359,6 @@ class InProcess:
 
     def close(self) -> None:
         """Nothing to let go of."""
-
-
-def jobs_of(
-    assignments: Sequence[Assignment],
-    cut: Cut,
-    number: int,
-    parameters: Tensor,
-    private: Mapping[int, Private] | None = None,
-    *,
-    individually: bool = False,
-) -> list[Job]:
-    """Cut a round's assignments into jobs of about equal size.
-
-    Args:
-        assignments: of the whole round.
-        cut: how large jobs may be.
-        number: of the round.
-        parameters: [P, D].
-        private: private parameters by position in ``assignments``.
-        individually: see :class:`Job`.
-    """
-    count = math.ceil(len(assignments) / cut.holders)
-    if count > 1 or len(assignments) >= FEWEST:
-        # A multiple of the usual numbers of workers, so that none waits for another's last job.
-        count = SEVERAL * math.ceil(count / SEVERAL)
-    ends = [round(place * len(assignments) / max(1, count)) for place in range(count + 1)]
-    known = private or {}
-    return [
-        Job(
-            assignments[start:end],
-            number,
-            parameters,
-            {place - start: known[place] for place in range(start, end) if place in known},
-            individually,
-            cut.a_unit,
-        )
-        for start, end in pairwise(ends)
-        if start < end
-    ]
 
 
 # -- parts ----------------------------------------------------------------------------------------

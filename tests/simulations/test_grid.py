@@ -26,7 +26,8 @@ from server.grid import LinkGrid
 from server.rounds import cohort_of, evaluate, next_round
 from simulations.experiment import Experiment, run_experiment
 from simulations.grid import BatchedGrid, InProcessGrid, simulated_holder
-from simulations.workers import BlockTrainer, InProcess, Job, Outcome
+from simulations.jobs import Job, Outcome
+from simulations.workers import BlockTrainer, InProcess
 from tests.fakes import FakeGrid, pulls_towards
 from tests.tiny import TinySource, TinyTask, table
 
@@ -338,8 +339,9 @@ def test_how_holders_are_cut_into_blocks_hardly_shows(
     monkeypatch: pytest.MonkeyPatch, most: int, fewest: int, jobs: int
 ) -> None:
     usual = final(weighting="size")
-    for name, value in (("MOST", most), ("FEWEST", fewest), ("BLOCK_BYTES", 2**40)):
-        monkeypatch.setattr(f"simulations.workers.{name}", value)
+    settings = {"workers.MOST": most, "jobs.FEWEST": fewest, "workers.BLOCK_BYTES": 2**40}
+    for name, value in settings.items():
+        monkeypatch.setattr(f"simulations.{name}", value)
     grid, workers = batched(TinyTask().holder_data(6))
     ask(grid, plan(), 1)
     assert len(workers.jobs) == jobs

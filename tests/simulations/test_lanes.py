@@ -8,9 +8,9 @@ from torch import Tensor
 
 from common.plan import TrainingPlan
 from common.settings import plan_for
+from simulations.jobs import Assignment, Job, Outcome, Total
 from simulations.lanes import _Gathered
 from simulations.sums import ExactSum
-from simulations.workers import Assignment, Job, Outcome, Total
 from tests.tiny import FEATURES, TinyTask
 
 SIZE = FEATURES + 1

@@ -19,19 +19,9 @@ from common.errors import ConfigurationError
 from common.settings import plan_for
 from common.tasks import load
 from common.tasks.base import Examples, HolderData, Task
+from simulations.jobs import Assignment, Cut, Job, Judged, Outcome, jobs_of, merged
 from simulations.processes import Processes
-from simulations.workers import (
-    Assignment,
-    BlockTrainer,
-    Cut,
-    InProcess,
-    Job,
-    Judged,
-    Outcome,
-    Workers,
-    jobs_of,
-    merged,
-)
+from simulations.workers import BlockTrainer, InProcess, Workers
 from tests.tiny import TinyTask
 
 CPU = torch.device("cpu")

@@ -24,19 +24,10 @@ from common.plan import TrainingPlan
 from common.settings import plan_for
 from common.tasks.base import Examples, HolderData
 from simulations.experiment import Experiment, run_experiment
+from simulations.jobs import Assignment, Cut, Job, Outcome, Total, jobs_of, merged
 from simulations.ray import RayWorkers, cluster
 from simulations.sums import ExactSum
-from simulations.workers import (
-    Assignment,
-    BlockTrainer,
-    Cut,
-    InProcess,
-    Job,
-    Outcome,
-    Total,
-    jobs_of,
-    merged,
-)
+from simulations.workers import BlockTrainer, InProcess
 from tests.tiny import FEATURES, TinyTask
 
 CPU = torch.device("cpu")

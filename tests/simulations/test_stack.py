@@ -18,8 +18,9 @@ from common.errors import ConfigurationError
 from common.settings import plan_for
 from common.tasks.base import Examples, HolderData, Task
 from common.tasks.parameters import named_shared
+from simulations.jobs import Assignment, jobs_of
 from simulations.stack import StackedModel
-from simulations.workers import Assignment, BlockTrainer, jobs_of
+from simulations.workers import BlockTrainer
 from tests.tiny import TinyTask
 
 CPU = torch.device("cpu")

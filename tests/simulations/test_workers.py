@@ -24,22 +24,9 @@ from common.tasks import load
 from common.tasks.base import Examples, HolderData, Task
 from simulations import workers as module
 from simulations.grid import simulated_holder
+from simulations.jobs import FEWEST, SEVERAL, Assignment, Cut, Job, Outcome, Total, jobs_of, merged
 from simulations.sums import ExactSum
-from simulations.workers import (
-    FEWEST,
-    MOST,
-    SEVERAL,
-    UNLIKE,
-    Assignment,
-    BlockTrainer,
-    Cut,
-    InProcess,
-    Job,
-    Outcome,
-    Total,
-    jobs_of,
-    merged,
-)
+from simulations.workers import MOST, UNLIKE, BlockTrainer, InProcess
 from tests.tiny import FEATURES, TinyTask, table
 
 CPU = torch.device("cpu")
