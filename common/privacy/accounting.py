@@ -10,15 +10,25 @@ Adversary, unit and neighbouring relation are those of :mod:`common.privacy.even
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from common.errors import ConfigurationError
-from common.privacy.bounds import prv_bound, quick_bound
-from common.privacy.events import Composition, SubsampledGaussian
-from common.privacy.gaussian import gaussian_mu
+from common.privacy.bounds import gaussian_bound, prv_bound, quick_bound, renyi_bound
+from common.privacy.events import Composition, DiscreteGaussian, Selection, SubsampledGaussian
+from common.privacy.gaussian import gaussian_epsilon, gaussian_mu
 
-__all__ = ["affordable", "epsilon", "noise_multiplier"]
+__all__ = [
+    "Crosscheck",
+    "affordable",
+    "crosscheck",
+    "epsilon",
+    "noise_multiplier",
+    "release_noise",
+    "run_epsilon",
+    "selection_noise",
+]
 
 LARGEST_NOISE = 1e7
 """Noise multiplier past which calibration refuses: no model learns anything there."""
@@ -41,7 +51,7 @@ def epsilon(composition: Composition, delta: float) -> float:
         ε in nats: 0 for nothing, infinite if anything was unprotected.
 
     Raises:
-        ConfigurationError: δ out of range.
+        ConfigurationError: δ out of range, or an event of a kind that no accountant knows.
     """
     _check_delta(delta)
     return min(quick_bound(composition, delta), prv_bound(composition, delta))
@@ -51,6 +61,33 @@ def affordable(composition: Composition, limit: float, delta: float) -> bool:
     """Whether :func:`epsilon` is at most ``limit``; quick where a rough bound settles it."""
     _check_delta(delta)
     return quick_bound(composition, delta) <= limit or prv_bound(composition, delta) <= limit
+
+
+@dataclass(frozen=True)
+class Crosscheck:
+    """What each accountant says about the same composition, in nats; ∞ where one has no say.
+
+    Args:
+        prv: the PRV bound, its error included.
+        renyi: the Rényi bound.
+        gaussian: the Gaussian bound, which ignores sampling.
+        chosen: the least, which is :func:`epsilon`.
+    """
+
+    prv: float
+    renyi: float
+    gaussian: float
+    chosen: float
+
+
+def crosscheck(composition: Composition, delta: float) -> Crosscheck:
+    """The figures that :func:`epsilon` is the least of; arguments and errors are the same."""
+    return Crosscheck(
+        prv=prv_bound(composition, delta),
+        renyi=renyi_bound(composition, delta),
+        gaussian=gaussian_bound(composition, delta),
+        chosen=epsilon(composition, delta),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -71,43 +108,156 @@ def noise_multiplier(sampling_rate: float, steps: int, epsilon: float, delta: fl
     Raises:
         ConfigurationError: a value out of range, or a target that only absurd noise would meet.
     """
-    _check_delta(delta)
-    if not 0.0 < epsilon < math.inf:
-        raise ConfigurationError(f"epsilon must be positive and finite, got {epsilon!r}")
-    SubsampledGaussian(sampling_rate, 1.0, steps)  # checks both, with the same sentences
-    target = _Target(sampling_rate, steps, epsilon, delta)
-    sigma = target.unsampled() if sampling_rate == 1.0 else target.subsampled()
-    if sigma > LARGEST_NOISE:
-        raise ConfigurationError(
-            f"epsilon={epsilon:g} at delta={delta:g} over {steps} steps needs noise of more than "
-            f"{LARGEST_NOISE:g} times the clip norm; raise epsilon or delta, or take fewer steps"
-        )
-    return sigma
+    target = _Target(
+        lambda sigma: Composition.of(SubsampledGaussian(sampling_rate, sigma, steps)),
+        epsilon,
+        delta,
+    )
+    # Enough for every q, since sampling only helps; exact for q = 1.
+    enough = target.gaussian(steps)
+    return target.checked(enough) if sampling_rate == 1.0 else target.least(enough)
+
+
+@lru_cache(maxsize=1024)
+def release_noise(releases: int, epsilon: float, delta: float) -> float:
+    """The least σ at which ``releases`` discrete Gaussian releases cost at most ``epsilon``.
+
+    Measured as :func:`noise_multiplier` does. For vectors with continuous Gaussian noise that is
+    ``noise_multiplier(1.0, releases, epsilon, delta)``.
+
+    Args:
+        releases: of integer vectors that one unit moves by at most 1, see
+            :class:`~common.privacy.events.DiscreteGaussian`; at least 1.
+        epsilon: the target in nats, positive.
+        delta: δ in (0, 1).
+
+    Returns:
+        σ of the noise in each coordinate.
+
+    Raises:
+        ConfigurationError: a value out of range, or a target that only absurd noise would meet.
+    """
+    target = _Target(
+        lambda sigma: Composition.of(DiscreteGaussian(sigma, releases)), epsilon, delta
+    )
+    return target.least(target.gaussian(releases))
+
+
+@lru_cache(maxsize=1024)
+def selection_noise(
+    sampling_rate: float,
+    steps: int,
+    expected_runs: float,
+    epsilon: float,
+    delta: float,
+    shape: float = 1.0,
+) -> float:
+    """The least noise multiplier of each run at which releasing the best costs ``epsilon``.
+
+    Measured as :func:`noise_multiplier` does. For candidates that differ in sampling or steps see
+    :func:`run_epsilon`.
+
+    Args:
+        sampling_rate: q of each run, in (0, 1].
+        steps: of each run, at least 1.
+        expected_runs: E[K], see :class:`~common.privacy.events.Selection`.
+        epsilon: the target for the whole search, in nats, positive.
+        delta: δ in (0, 1).
+        shape: η of K's distribution.
+
+    Returns:
+        σ, the noise's standard deviation over the clip norm.
+
+    Raises:
+        ConfigurationError: a value out of range, or a target that only absurd noise would meet.
+    """
+
+    def run(sigma: float) -> Composition:
+        candidate = Composition.of(SubsampledGaussian(sampling_rate, sigma, steps))
+        return Composition.of(Selection((candidate,), expected_runs, shape))
+
+    target = _Target(run, epsilon, delta)
+    return target.least(target.gaussian(steps))
+
+
+def run_epsilon(
+    candidates: Callable[[float], Iterable[Composition]],
+    expected_runs: float,
+    epsilon: float,
+    delta: float,
+    shape: float = 1.0,
+) -> float:
+    """What one run may cost, so that releasing the best of them costs at most ``epsilon``.
+
+    Args:
+        candidates: from an ε for one run to what each candidate's run, calibrated to it, releases.
+        expected_runs: E[K], see :class:`~common.privacy.events.Selection`.
+        epsilon: the target for the whole search, in nats, positive.
+        delta: δ in (0, 1), of the whole search; calibrate the candidates at the same.
+        shape: η of K's distribution.
+
+    Returns:
+        ε for one run, at most ``epsilon``. The search then costs at most the target, and at most
+        0.1 % less.
+
+    Raises:
+        ConfigurationError: a value out of range, or a target below what any such search costs.
+    """
+
+    # A run that is cheaper has more noise, so 1/ε stands for σ here.
+    def search(inverse: float) -> Composition:
+        selected = Selection(tuple(candidates(1 / inverse)), expected_runs, shape)
+        return Composition.of(selected)
+
+    return 1 / _Target(search, epsilon, delta, most=1000 / epsilon).least(2 / epsilon)
 
 
 @dataclass(frozen=True)
 class _Target:
-    """What calibration aims for: ``steps`` steps at ``sampling_rate`` that cost ``limit``."""
+    """What calibration aims for: ``release(σ)`` at a cost of ``limit``, which falls as σ rises."""
 
-    sampling_rate: float
-    steps: int
+    release: Callable[[float], Composition]
     limit: float
     delta: float
+    most: float = LARGEST_NOISE
 
-    def unsampled(self) -> float:
-        """σ for q = 1, exactly; enough for every other q, since sampling only helps."""
-        sigma = math.sqrt(self.steps) / gaussian_mu(self.limit, self.delta)
+    def __post_init__(self) -> None:
+        _check_delta(self.delta)
+        if not 0.0 < self.limit < math.inf:
+            raise ConfigurationError(f"epsilon must be positive and finite, got {self.limit!r}")
+        self.release(1.0)  # its events check their arguments, with the same sentences
+
+    def gaussian(self, runs: int) -> float:
+        """σ for so many plain Gaussian releases, exactly."""
+        sigma = math.sqrt(runs) / gaussian_mu(self.limit, self.delta)
         # √ and the quotient round, perhaps to the wrong side.
-        while quick_bound(self._composition(sigma, 1.0), self.delta) > self.limit:
+        while gaussian_epsilon(math.sqrt(runs) / sigma, self.delta) > self.limit:
             sigma *= 1 + 1e-12
         return sigma
 
-    def subsampled(self) -> float:
-        """σ for q < 1, by the secant rule: ε is nearly a power of σ, so log ε a line in log σ.
+    def checked(self, sigma: float) -> float:
+        """``sigma``, unless it is absurd.
+
+        Raises:
+            ConfigurationError: it is.
+        """
+        if sigma > self.most:
+            raise ConfigurationError(
+                f"epsilon={self.limit:g} at delta={self.delta:g} needs noise of more than "
+                f"{self.most:g} times the sensitivity; raise epsilon or delta, or take fewer "
+                "steps, releases or runs"
+            )
+        return sigma
+
+    def least(self, start: float) -> float:
+        """The least σ, by the secant rule: ε is nearly a power of σ, so log ε a line in log σ.
 
         ``works`` has always been measured to meet the target, and is what is returned.
+
+        Args:
+            start: a σ of the right order.
         """
-        works, slope = self._start()
+        works, slope = self._bracket(start)
         over = last_over = self._over(works)
         fails, last, guess = 0.0, works, self._aim(works, over, slope)
         for _ in range(MOST_EVALUATIONS):
@@ -124,11 +274,13 @@ class _Target:
                 slope = (guess_over - last_over) / math.log(guess / last)
             last, last_over = guess, guess_over
             guess = self._aim(last, last_over, slope)
-        return works
+        return self.checked(works)
 
-    def _start(self) -> tuple[float, float]:
+    def _bracket(self, start: float) -> tuple[float, float]:
         """A σ that works by the quick bound, within 2 %, and d log ε / d log σ there."""
-        works = self.unsampled()
+        works = start
+        while self._quick(works) > self.limit:
+            works = 2 * self.checked(works)
         fails = works / 2
         while self._quick(fails) <= self.limit:
             works, fails = fails, fails / 2
@@ -138,8 +290,9 @@ class _Target:
                 works = middle
             else:
                 fails = middle
-        slope = math.log(self._quick(works) / self._quick(fails)) / math.log(works / fails)
-        return works, slope
+        fallen = self._quick(works) / self._quick(fails)
+        # 0 where ε is: any slope will do then, as the search is safeguarded.
+        return works, math.log(fallen) / math.log(works / fails) if fallen > 0 else -1.0
 
     def _aim(self, sigma: float, over: float, slope: float) -> float:
         """Where the line through (σ, ``over``) passes the middle of the tolerance."""
@@ -147,14 +300,11 @@ class _Target:
 
     def _over(self, sigma: float) -> float:
         """Log of ε over the target: at most 0 where σ meets it."""
-        cost = epsilon(self._composition(sigma, self.sampling_rate), self.delta)
+        cost = epsilon(self.release(sigma), self.delta)
         return math.log(cost / self.limit) if cost > 0 else -math.inf
 
     def _quick(self, sigma: float) -> float:
-        return quick_bound(self._composition(sigma, self.sampling_rate), self.delta)
-
-    def _composition(self, sigma: float, sampling_rate: float) -> Composition:
-        return Composition.of(SubsampledGaussian(sampling_rate, sigma, self.steps))
+        return quick_bound(self.release(sigma), self.delta)
 
 
 def _check_delta(delta: float) -> None:

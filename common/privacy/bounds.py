@@ -1,59 +1,54 @@
-"""Upper bounds of ε for composed Gaussian steps, subsampled or not.
+"""Upper bounds of ε for compositions of events.
 
 Each function returns a bound that holds by itself, or infinity where it cannot say:
 
-* :func:`quick_bound`, in milliseconds, is the smaller of
+* :func:`gaussian_bound`, in microseconds and for Gaussian steps only: exact where nothing is
+  subsampled (:mod:`common.privacy.gaussian`). Elsewhere it ignores the sampling, which can only
+  help privacy (hockey-stick divergences are jointly convex);
+* :func:`renyi_bound`, in milliseconds and for every kind of event (:mod:`common.privacy.renyi`). It
+  is the only one that knows selections;
+* :func:`prv_bound`, in tenths of a second, for Gaussian steps and discrete Gaussians in any mixture
+  (:mod:`common.privacy.prv`): tight, up to an error that is added on top. A case that its numerics
+  cannot carry (δ of 10⁻⁸, 10⁸ steps, ε in the hundreds) is left to the others.
 
-  - the Gaussian bound, exact where nothing is subsampled (:mod:`common.privacy.gaussian`);
-    elsewhere it ignores the sampling, which can only help privacy (hockey-stick divergences are
-    jointly convex), and
-  - the Rényi bound (Mironov, Talwar & Zhang 2019, "Rényi differential privacy of the sampled
-    Gaussian mechanism", section 3.3; turned into ε by Balle et al. 2020, "Hypothesis testing
-    interpretations and Rényi differential privacy", theorem 21), through Opacus;
-
-* :func:`prv_bound`, in tenths of a second, is that of Opacus' PRV accountant (Gopi, Lee &
-  Wutschitz 2021, "Numerical composition of differential privacy"): tight, up to an error that is
-  added on top. A case that its numerics cannot carry (δ of 10⁻⁸, ε in the hundreds) is left to the
-  others.
+All hold for adding and for removing a unit: the Gaussian bound because its pair is symmetric, the
+Rényi bound because removing is the worse of the two there (Mironov, Talwar & Zhang 2019, theorem
+5), the PRV bound because it takes the worse of both. An event of a kind that is not known is an
+error, and not a matter of leaving it out.
 
 What a bound may cost is limited too, since whoever asks chooses σ and with it how many different
 mechanisms a history holds. Where there are too many, :func:`coarsen` replaces some by one that
 dominates them all, and the bound of that is a bound of the history.
-
-Opacus' PRV accountant follows the direction in which a unit is removed. That is the worse of the
-two for Rényi divergences (Mironov et al. 2019, theorem 5) and, wherever the tests compare it with
-Google's dp-accounting, which takes the worse of both, for ε as well.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import threading
-import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.integrate import IntegrationWarning
 
-from common.privacy.events import Composition, SubsampledGaussian
+from common.privacy.events import (
+    Composition,
+    DiscreteGaussian,
+    Event,
+    SubsampledGaussian,
+)
 from common.privacy.gaussian import gaussian_epsilon
+from common.privacy.losses import DiscreteGaussianLoss, Loss, SampledGaussianLoss
+from common.privacy.prv import LARGEST_ERROR, composed_epsilon, mesh_for, rounding
+from common.privacy.renyi import MOST_RUNS, check_known, divergences, renyi_epsilon
 
-__all__ = ["coarsen", "prv_bound", "quick_bound"]
+__all__ = ["coarsen", "gaussian_bound", "prv_bound", "quick_bound", "renyi_bound"]
 
 logger = logging.getLogger("sotto.privacy")
 
-ORDERS = (*range(2, 65), 80, 96, 128, 192, 256, 512)
-"""Rényi orders. Whole numbers only: there log A_α is a sum of positive terms, so it cannot cancel;
-fewer orders make the bound looser, never wrong."""
-
 RENYI_MOST_MECHANISMS = 256
 """Different mechanisms that the Rényi bound takes as they are, at 5 ms each."""
-
-RENYI_ROUNDING = 1e-13
-"""Added to each step's Rényi divergence (nats) against rounding, which matters for large σ."""
 
 PRV_RELATIVE_ERROR = 0.002
 """The PRV bound's error that we ask for, relative to ε, so that it does not drown a small ε."""
@@ -61,48 +56,68 @@ PRV_RELATIVE_ERROR = 0.002
 PRV_COARSE_ERROR = 0.02
 """The same for the pass that finds out what ε is, about."""
 
-PRV_LARGEST_ERROR = 0.5
-"""Absolute error (nats) past which Opacus' choice of domain is not known to be safe (below 1)."""
-
-PRV_MOST_POINTS = 2**20
-"""Mesh points, for time and memory; where they do not suffice the error is made larger."""
-
 PRV_MOST_MECHANISMS = 8
-"""Different sampled mechanisms that the PRV bound takes as they are: up to 0.4 s and 32 MB each."""
+"""Different subsampled mechanisms that the PRV bound takes as they are: up to 0.4 s and 32 MB each;
+and different discrete Gaussians, of which it has no bound if there are more."""
+
+Additive = SubsampledGaussian | DiscreteGaussian
+"""Mechanisms with a known privacy loss variable."""
 
 REMEMBERED = 256
 """Bounds kept. Each keeps its composition, which may be long."""
 
-EPS = float(np.finfo(np.float64).eps)
-
-_prv_lock = threading.Lock()
-
 
 @lru_cache(maxsize=REMEMBERED)
 def quick_bound(composition: Composition, delta: float) -> float:
-    """The bounds that take milliseconds."""
+    """The smaller of the bounds that take milliseconds."""
+    return min(gaussian_bound(composition, delta), renyi_bound(composition, delta))
+
+
+def gaussian_bound(composition: Composition, delta: float) -> float:
+    """The Gaussian bound; infinite if there is anything but Gaussian steps."""
+    steps = _gaussians(composition)
+    if len(steps) < len(composition.events) or _total(steps) > MOST_RUNS:
+        return math.inf
+    return gaussian_epsilon(_mu(steps), delta) if steps else 0.0
+
+
+@lru_cache(maxsize=REMEMBERED)
+def renyi_bound(composition: Composition, delta: float) -> float:
+    """The Rényi bound, which holds for every kind of event.
+
+    Raises:
+        ConfigurationError: an event of a kind that no accountant knows.
+    """
     if not composition:
         return 0.0
-    if composition.unprotected:
+    for event in composition:
+        check_known(event)
+    if composition.unprotected or any(event.count > MOST_RUNS for event in composition):
         return math.inf
-    steps = _gaussians(composition)
-    bound = gaussian_epsilon(_mu(steps), delta)
-    if _unsampled(steps):
-        return bound
-    return min(bound, _renyi_bound(_simplify(steps, RENYI_MOST_MECHANISMS), delta))
+    others = divergences(Composition(_others(composition)))
+    few = Composition(tuple(_simplify(_gaussians(composition), RENYI_MOST_MECHANISMS)))
+    return renyi_epsilon(others + divergences(few), delta)
 
 
 @lru_cache(maxsize=REMEMBERED)
 def prv_bound(composition: Composition, delta: float) -> float:
-    """The tight bound for subsampled steps; infinite where its numerics do not carry."""
-    steps = _gaussians(composition)
+    """The tight bound for Gaussian steps and discrete Gaussians.
+
+    Infinite for any other event, where its numerics do not carry it, and for plain Gaussian steps
+    alone, for which the Gaussian bound is exact.
+    """
     rough = quick_bound(composition, delta)
-    if _unsampled(steps) or composition.unprotected or rough in (0.0, math.inf):
+    steps, discrete = _gaussians(composition), _discrete(composition)
+    if rough in (0.0, math.inf) or not (discrete or not _unsampled(steps)):
         return math.inf
-    steps = _simplify(steps, PRV_MOST_MECHANISMS)
+    if len(steps) + len(discrete) < len(composition.events):
+        return math.inf
+    if len(discrete) > PRV_MOST_MECHANISMS:
+        return math.inf
+    mechanisms: list[Additive] = [*_simplify(steps, PRV_MOST_MECHANISMS), *discrete]
     # The error asked for is relative to ε, which a first, ten times cheaper, pass tells.
-    coarse = min(rough, _composed_prv(steps, PRV_COARSE_ERROR * rough, delta))
-    return min(coarse, _composed_prv(steps, PRV_RELATIVE_ERROR * coarse, delta))
+    coarse = _composed_prv(mechanisms, PRV_COARSE_ERROR * rough, delta)
+    return min(coarse, _composed_prv(mechanisms, PRV_RELATIVE_ERROR * min(rough, coarse), delta))
 
 
 def coarsen(steps: list[SubsampledGaussian], most: int) -> list[SubsampledGaussian]:
@@ -183,115 +198,53 @@ def _corner_prices(steps: list[SubsampledGaussian]) -> NDArray[np.float64]:
     return np.asarray(counts * rates**2 * np.expm1(noises**-2), dtype=np.float64)
 
 
-def _composed_prv(steps: list[SubsampledGaussian], error: float, delta: float) -> float:
-    """The bound, or infinity where mesh, rounding or integrals do not carry it.
-
-    Opacus' PRVAccountant does the same from the same parts. It is not called itself because it
-    sizes its mesh with fractional Rényi orders, whose series take seconds where σ is large.
+def _composed_prv(mechanisms: Sequence[Additive], error: float, delta: float) -> float:
+    """The bound, the worse of both directions; infinity where mesh or rounding do not carry it.
 
     Args:
-        steps: at least one of them subsampled.
+        mechanisms: at least one.
         error: of ε, in nats, to ask for; it is part of the bound.
         delta: δ.
     """
-    # Sums over the mesh lose up to one rounding error a point and a step; they come off δ.
-    rounding = EPS * (PRV_MOST_POINTS + _total(steps))
+    counts = [mechanism.count for mechanism in mechanisms]
     delta_error = delta / 1000
-    mesh = _mesh(steps, min(error, PRV_LARGEST_ERROR), delta_error)
-    if rounding > delta / 100 or mesh.error > PRV_LARGEST_ERROR:
+    singles = [divergences(Composition.of(mechanism.times(1))) for mechanism in mechanisms]
+    mesh = mesh_for(singles, counts, min(error, LARGEST_ERROR), delta_error)
+    lost = rounding(sum(counts))  # comes off δ
+    if lost > delta / 100 or not mesh.error <= LARGEST_ERROR:
         return math.inf
     try:
-        bound = _opacus_prv(steps, delta - rounding, delta_error, mesh)
-    except (RuntimeError, ValueError, IndexError, ArithmeticError, IntegrationWarning) as reason:
-        logger.debug("PRV gave no bound for %s: %s", steps, reason)
+        return max(
+            composed_epsilon(
+                [_loss(mechanism, added=added) for mechanism in mechanisms],
+                counts,
+                mesh,
+                delta - lost,
+                delta_error,
+            )
+            for added in (False, True)
+        )
+    except (RuntimeError, ValueError, IndexError, ArithmeticError) as reason:
+        logger.debug("PRV gave no bound for %s: %s", mechanisms, reason)
         return math.inf
-    # Less than the error that was added to it, or NaN, is what a broken sum looks like.
-    return bound if bound >= mesh.error else math.inf
 
 
-class _Mesh(NamedTuple):
-    """Where privacy losses are discretised: [−reach, reach] in steps of ``width``, all in nats."""
-
-    reach: float
-    width: float
-    error: float
-    """Of ε, that a mesh of this width causes."""
-
-
-def _mesh(steps: list[SubsampledGaussian], error: float, delta_error: float) -> _Mesh:
-    """A mesh for ``error``, or for the least error that :data:`PRV_MOST_POINTS` allow.
-
-    Gopi et al. 2021, theorem 5.5: for k steps the width is error / √(k·log(12/δ_error)/2);
-    remark 5.6: the domain reaches to the Rényi bounds at δ_error/4 together and δ_error/(8k) each.
-    """
-    reach = 3 + max(
-        _renyi_bound(steps, delta_error / 4),
-        *(_renyi_bound([_once(step)], delta_error / (8 * _total(steps))) for step in steps),
-    )
-    error_per_width = math.sqrt(_total(steps) * math.log(12 / delta_error) / 2)
-    # Opacus rounds both ends outward to whole meshes; four points are kept for that.
-    narrowest = 2 * reach / (PRV_MOST_POINTS - 4)
-    error = max(error, narrowest * error_per_width)
-    return _Mesh(reach, error / error_per_width, error)
-
-
-def _opacus_prv(
-    steps: list[SubsampledGaussian], delta: float, delta_error: float, mesh: _Mesh
-) -> float:
-    from opacus.accountants.analysis import prv  # seconds to import, and often not needed
-
-    domain = prv.Domain.create_aligned(-mesh.reach, mesh.reach, mesh.width)
-    # Python's warning filters belong to the whole process, hence the lock.
-    with _prv_lock, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("error", IntegrationWarning)  # no convergence, no bound
-        losses = [
-            prv.discretize(
-                prv.TruncatedPrivacyRandomVariable(
-                    prv.PoissonSubsampledGaussianPRV(step.sampling_rate, step.noise_multiplier),
-                    domain.t_min,
-                    domain.t_max,
-                ),
-                domain,
-            )
-            for step in steps
-        ]
-        composed = prv.compose_heterogeneous(losses, [step.steps for step in steps])
-        _, _, upper = composed.compute_epsilon(delta, delta_error, mesh.error)
-    return float(upper)
-
-
-def _renyi_bound(steps: list[SubsampledGaussian], delta: float) -> float:
-    """ε from Rényi divergences, the least over :data:`ORDERS` (Balle et al. 2020, theorem 21)."""
-    orders = np.array(ORDERS, dtype=np.float64)
-    total = sum(
-        step.steps * np.array(_renyi(step.sampling_rate, step.noise_multiplier)) for step in steps
-    )
-    candidates = total + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
-    best = float(np.min(candidates))  # NaN if any is: caught below
-    return math.inf if math.isnan(best) else max(best, 0.0)
-
-
-@lru_cache(maxsize=4096)
-def _renyi(sampling_rate: float, noise_multiplier: float) -> tuple[float, ...]:
-    """One step's Rényi divergence at each of :data:`ORDERS`."""
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    def at(order: int) -> float:
-        try:
-            value = float(
-                compute_rdp(
-                    q=sampling_rate, noise_multiplier=noise_multiplier, steps=1, orders=float(order)
-                )
-            )
-        except ArithmeticError:  # an overflow: this order bounds nothing
-            return math.inf
-        return math.inf if math.isnan(value) else max(value, 0.0) + RENYI_ROUNDING
-
-    return tuple(at(order) for order in ORDERS)
+def _loss(mechanism: Additive, *, added: bool) -> Loss:
+    if isinstance(mechanism, DiscreteGaussian):
+        return DiscreteGaussianLoss(mechanism.noise_multiplier)
+    return SampledGaussianLoss(mechanism.sampling_rate, mechanism.noise_multiplier, added=added)
 
 
 def _gaussians(composition: Composition) -> list[SubsampledGaussian]:
     return [event for event in composition if isinstance(event, SubsampledGaussian)]
+
+
+def _discrete(composition: Composition) -> list[DiscreteGaussian]:
+    return [event for event in composition if isinstance(event, DiscreteGaussian)]
+
+
+def _others(composition: Composition) -> tuple[Event, ...]:
+    return tuple(event for event in composition if not isinstance(event, SubsampledGaussian))
 
 
 def _unsampled(steps: list[SubsampledGaussian]) -> bool:
@@ -304,16 +257,13 @@ def _simplify(steps: list[SubsampledGaussian], most: int) -> list[SubsampledGaus
     others = coarsen([step for step in steps if step.sampling_rate != 1.0], most)
     if not plain:
         return others
-    return [*others, SubsampledGaussian(1.0, 1 / _mu(plain), 1)]
+    # Out of an event's range only where ε is infinite or zero anyway.
+    return [*others, SubsampledGaussian(1.0, min(max(1 / _mu(plain), 1e-300), 1e300), 1)]
 
 
 def _mu(steps: list[SubsampledGaussian]) -> float:
     """√Σ k/σ²: the μ of plain Gaussian steps together. Free of overflow, as σ² is not."""
     return math.hypot(*(math.sqrt(step.steps) / step.noise_multiplier for step in steps))
-
-
-def _once(step: SubsampledGaussian) -> SubsampledGaussian:
-    return SubsampledGaussian(step.sampling_rate, step.noise_multiplier, 1)
 
 
 def _total(steps: list[SubsampledGaussian]) -> int:

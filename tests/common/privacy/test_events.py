@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
-from common.privacy.events import Composition, Event, SubsampledGaussian, Unprotected
+from common.privacy.events import (
+    Composition,
+    DiscreteGaussian,
+    Event,
+    Selection,
+    SubsampledGaussian,
+    Unprotected,
+    event_from_dict,
+    gaussian,
+)
 
 # Few distinct mechanisms, so that merging happens.
 gaussians = st.builds(
@@ -15,7 +24,23 @@ gaussians = st.builds(
     noise_multiplier=st.sampled_from([0.7, 1.1, 20.0]),
     steps=st.integers(1, 50),
 )
-events: st.SearchStrategy[Event] = st.one_of(gaussians, st.just(Unprotected()))
+discrete = st.builds(
+    DiscreteGaussian,
+    noise_multiplier=st.sampled_from([0.7, 1.1, 20.0]),
+    releases=st.integers(1, 50),
+)
+runs = st.lists(st.one_of(gaussians, discrete), max_size=2).map(
+    lambda found: Composition(tuple(found))
+)
+selections = st.builds(
+    Selection,
+    candidates=st.lists(runs, min_size=1, max_size=2).map(tuple),
+    expected_runs=st.sampled_from([1.0, 10.0]),
+    shape=st.sampled_from([0.0, 1.0]),
+    selections=st.integers(1, 5),
+)
+protected: st.SearchStrategy[Event] = st.one_of(gaussians, discrete, selections)
+events: st.SearchStrategy[Event] = st.one_of(protected, st.just(Unprotected()))
 compositions = st.lists(events, max_size=6).map(lambda found: Composition(tuple(found)))
 rounds = st.integers(0, 9)
 
@@ -42,8 +67,8 @@ def test_covers_is_the_order_of_multisets(a: Composition, b: Composition) -> Non
     assert (a.covers(b) and b.covers(a)) == (a == b)
 
 
-@given(compositions, gaussians)
-def test_one_step_more_is_not_covered(a: Composition, event: SubsampledGaussian) -> None:
+@given(compositions, protected)
+def test_once_more_is_not_covered(a: Composition, event: Event) -> None:
     assert not a.covers(a + Composition.of(event))
 
 
@@ -72,6 +97,38 @@ def test_equal_mechanisms_merge_and_others_do_not() -> None:
     one, two = SubsampledGaussian(0.1, 1.0, 3), SubsampledGaussian(0.1, 1.1, 3)
     merged = Composition.of(one, two, one)
     assert merged.events == (SubsampledGaussian(0.1, 1.0, 6), two)
+
+
+def test_every_kind_has_its_own_json() -> None:
+    run = Composition.of(gaussian(5.0, 3))
+    kinds = {
+        "subsampled-gaussian": SubsampledGaussian(0.1, 2.0, 5),
+        "discrete-gaussian": DiscreteGaussian(8.0, 4),
+        "selection": Selection((run, run * 2), 10.0, 0.0, 2),
+        "unprotected": Unprotected(),
+    }
+    for mechanism, event in kinds.items():
+        assert event.to_dict()["mechanism"] == mechanism
+        assert event_from_dict(event.to_dict()) == event
+    assert Composition(tuple(kinds.values())).to_json() == (
+        '[{"mechanism": "discrete-gaussian", "noise_multiplier": 8.0, "releases": 4}, '
+        '{"candidates": [[{"mechanism": "subsampled-gaussian", "noise_multiplier": 5.0, '
+        '"sampling_rate": 1.0, "steps": 3}], [{"mechanism": "subsampled-gaussian", '
+        '"noise_multiplier": 5.0, "sampling_rate": 1.0, "steps": 6}]], "expected_runs": 10.0, '
+        '"mechanism": "selection", "selections": 2, "shape": 0.0}, '
+        '{"mechanism": "subsampled-gaussian", "noise_multiplier": 2.0, "sampling_rate": 0.1, '
+        '"steps": 5}, {"mechanism": "unprotected"}]'
+    )
+
+
+def test_what_candidates_have_in_common_does_not_matter() -> None:
+    one, two = (Composition.of(gaussian(sigma, 1)) for sigma in (5.0, 6.0))
+    assert Selection((two, one, two), 3) == Selection((one, two), 3.0)
+
+
+def test_releases_of_discrete_noise_merge() -> None:
+    assert Composition.of(DiscreteGaussian(5.0, 1)) * 3 == Composition.of(DiscreteGaussian(5, 3))
+    assert Composition.of(DiscreteGaussian(5.0, 1)) != Composition.of(gaussian(5.0, 1))
 
 
 def test_numbers_have_one_spelling() -> None:
@@ -111,6 +168,29 @@ def test_a_bad_event_is_refused_by_field_and_value(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((), 5.0), "at least one candidate"),
+        (((Composition.of(Unprotected()),), 5.0), "every candidate .* Unprotected"),
+        (((Composition(),), 0.9), "expected_runs must be from 1 to 1e\\+06, got 0.9"),
+        (((Composition(),), math.nan), "expected_runs .* got nan"),
+        (((Composition(),), 5.0, -0.1), "shape must be from 0 to 10, got -0.1"),
+        (((Composition(),), 5.0, math.inf), "shape .* got inf"),
+        (((Composition(),), 5.0, 1.0, 0), "selections must be a whole number of at least 1"),
+    ],
+)
+def test_a_bad_selection_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Selection(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(0.0, 1), (math.nan, 1), (5.0, 0), (5.0, 1.5)])
+def test_bad_discrete_noise_is_refused(arguments: tuple) -> None:
+    with pytest.raises(ConfigurationError, match=r"noise_multiplier|releases"):
+        DiscreteGaussian(*arguments)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "JSON list of events"),
@@ -118,10 +198,20 @@ def test_a_bad_event_is_refused_by_field_and_value(
         ("[1]", "JSON list of events"),
         (
             '[{"mechanism": "magic"}]',
-            r"one of \['subsampled-gaussian', 'unprotected'\], got 'magic'",
+            r"one of \['discrete-gaussian', 'selection', .* 'unprotected'\], got 'magic'",
         ),
         ('[{"mechanism": "subsampled-gaussian", "steps": 1}]', "has fields .*got \\['steps'\\]"),
         ('[{"mechanism": "unprotected", "steps": 1}]', "has fields"),
+        (
+            '[{"mechanism": "selection", "candidates": 3, "expected_runs": 2, "shape": 1, '
+            '"selections": 1}]',
+            "candidates must be a JSON list",
+        ),
+        (
+            '[{"mechanism": "selection", "candidates": [3], "expected_runs": 2, "shape": 1, '
+            '"selections": 1}]',
+            "JSON list of events, got 3",
+        ),
     ],
 )
 def test_json_that_is_no_composition_is_refused(text: str, message: str) -> None:
