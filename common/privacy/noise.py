@@ -16,8 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, Protocol, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
@@ -28,6 +26,7 @@ from common.errors import ConfigurationError
 
 __all__ = [
     "DRAWS",
+    "INTEGERS",
     "NOISE",
     "SAMPLING",
     "KeyStream",
@@ -41,12 +40,12 @@ __all__ = [
 ]
 
 BLOCK = 2**15
-"""Normal draws made at a time: their 1 MB of key stream stays in the cache."""
+"""Unpredictable normals made at a time: their 1 MB of key stream stays in the cache."""
 
 GAUSSIANS = 4
 """Gaussians summed into one, as in Opacus' secure mode; see :meth:`OsRandomness.normal`."""
 
-SAMPLING, NOISE, DRAWS = 0, 1, 2
+SAMPLING, NOISE, DRAWS, INTEGERS = 0, 1, 2, 3
 """The streams of a key."""
 
 PART = 2**17
@@ -94,6 +93,13 @@ class Randomness(Protocol):
         """
         ...
 
+    def words(self, n: int) -> Tensor:
+        """``n`` words of 64 independent fair bits, for draws that must be exact: [n] int64.
+
+        On the CPU, and a stream of its own as :meth:`draws` are.
+        """
+        ...
+
 
 class OsRandomness:
     """Unpredictable randomness: AES-256 in counter mode under a key from the operating system.
@@ -118,48 +124,43 @@ class OsRandomness:
     ) -> Tensor:
         """Independent draws from N(0, std²), on any device; see :class:`Randomness`.
 
-        Each is the sum of four draws of half the size. A single Box–Muller draw can take only
-        some of the floating-point numbers, which gives away what it was added to (Mironov 2012);
-        against 2n draws in sum the attack takes 2^(53(2n−1)) steps (Holohan & Braghin 2021,
-        "Secure random sampling in differential privacy", section 5.1).
+        The cipher runs on the CPU; its words go to the device and become normals there, the same
+        ones on every device but for the last bits of its logarithms and cosines.
+
+        Each is the sum of four draws of half the size, made in float64. A single Box–Muller draw
+        can take only some of the floating-point numbers, which gives away what it was added to
+        (Mironov 2012); against 2n draws in sum that attack takes 2^(53(2n−1)) steps (Holohan &
+        Braghin 2021, "Secure random sampling in differential privacy", section 5.1). That is about
+        the draws alone. How finely floats are spaced depends on their size, so a float32 sum of
+        data and noise can still show how small the data were: add in float64 and round to a public
+        grid, as :func:`~common.privacy.step.noisy_mean` does. Nothing is proved for the arithmetic;
+        for counts, :func:`~common.privacy.discrete_noise.discrete_gaussian` is exact.
         """
-        noise = torch.empty(math.prod(shape), dtype=torch.float64)
+        noise = torch.empty(math.prod(shape), dtype=torch.float64, device=device)
         for start in range(0, len(noise), BLOCK):
             part = noise[start : start + BLOCK]
-            torch.mul(self._standard_normal(len(part)), std, out=part)
-        return noise.view(tuple(shape)).to(dtype=dtype, device=device)
+            words = self.words(GAUSSIANS * len(part)).to(device)
+            torch.mul(_sums_of_normals(words), std, out=part)
+        return noise.view(tuple(shape)).to(dtype)
 
     def uniform(self, n: int) -> Tensor:
         """``n`` draws from [0, 1): [n] float64; see :class:`Randomness`."""
-        parts = [self._bits(size).astype(np.float64) for size in _sizes(n, GAUSSIANS * BLOCK)]
-        return torch.from_numpy(np.concatenate([np.empty(0), *parts]) * 2.0**-53)
+        return unit_interval(self.words(n))
 
     def draws(self, n: int) -> Tensor:
         """``n`` draws from [0, 1), as :meth:`uniform` gives them; see :class:`Randomness`."""
         return self.uniform(n)
 
-    def _standard_normal(self, n: int) -> Tensor:
-        """[n] float64 from N(0, 1), by Box–Muller: (r cos θ, r sin θ) with r = √(−2 ln u)."""
-        uniforms = self._bits(GAUSSIANS * n).astype(np.float64)
-        uniforms += 1.0  # (0, 1], so that the logarithm is finite
-        uniforms *= 2.0**-53
-        half = GAUSSIANS // 2 * n
-        radius = torch.from_numpy(uniforms[:half]).log_().mul_(-2.0).sqrt_()
-        angle = torch.from_numpy(uniforms[half:]).mul_(2.0 * math.pi)
-        pairs = (radius * angle.cos()).add_(radius * angle.sin())
-        return pairs[:n].add_(pairs[n:]).div_(math.sqrt(GAUSSIANS))
-
-    def _bits(self, n: int) -> npt.NDArray[np.uint64]:
-        """[n] whole numbers below 2^53, n ≤ 4·BLOCK."""
+    def words(self, n: int) -> Tensor:
+        """``n`` words of 64 fair bits: [n] int64; see :class:`Randomness`."""
         with self._lock:
             if os.getpid() != self._process:
                 self._rekey()
-            stream = self._encryptor.update(_ZEROS[: 8 * n])
-        return np.frombuffer(stream, dtype=np.uint64) >> np.uint64(11)
+            return _next_words(self._stream, n, torch.int64)
 
     def _rekey(self) -> None:
         self._process = os.getpid()
-        self._encryptor = Cipher(AES256(os.urandom(32)), CTR(os.urandom(16))).encryptor()
+        self._stream = KeyStream(os.urandom(32), 0)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -167,10 +168,28 @@ class OsRandomness:
         )
 
 
+def _sums_of_normals(words: Tensor) -> Tensor:
+    """[n] float64 from N(0, 1) of [4n] int64 words, which are overwritten; four draws in each.
+
+    Box–Muller in float64, on the words' device: the first half of the words gives the radii
+    r = √(−2 ln u), u in (0, 1], the second half the angles θ; each r and θ give the two draws
+    r cos θ and r sin θ. The signed upper 53 bits do for both.
+    """
+    upper = words.bitwise_right_shift_(11).double()
+    pairs = len(words) // 2
+    u = upper[:pairs].add_(2.0**52 + 1.0).mul_(2.0**-53)
+    radius = u.log_().mul_(-2.0).sqrt_()
+    angle = upper[pairs:].mul_(2.0 * math.pi * 2.0**-53)
+    both = angle.cos().add_(angle.sin_()).mul_(radius)
+    n = len(words) // GAUSSIANS
+    return both[:n].add_(both[n:]).div_(math.sqrt(GAUSSIANS))
+
+
 class KeyStream:
     """The key stream of AES-256 in counter mode: as many bytes as asked, the same on every machine.
 
-    For simulations: who knows the key knows the stream. Not to be shared by threads.
+    Who knows the key knows the stream: a key that is to protect comes from the operating system,
+    one of a simulation from :func:`simulation_key`. Not to be shared by threads.
 
     Args:
         key: 32 bytes.
@@ -203,11 +222,11 @@ def simulation_key(*parts: object) -> bytes:
 class SeededRandomness:
     """Repeatable randomness for simulations: the same parts, the same draws, on every machine.
 
-    Sampling, noise and a task's own draws come from three key streams, so that none moves another.
-    Successive calls go on where the last one stopped. Uniforms follow each other: n and then k are
-    the same numbers as n + k. Normals do not, since a call lays its pairs out by its own n; see
-    :func:`standard_normal`. The last bit of a normal may differ between kinds of processor, whose
-    logarithms and cosines do.
+    Sampling, noise, a task's own draws and words for exact draws come from four key streams, so
+    that none moves another. Successive calls go on where the last one stopped. Uniforms and words
+    follow each other: n and then k are the same numbers as n + k. Normals do not, since a call lays
+    its pairs out by its own n; see :func:`standard_normal`. The last bit of a normal may differ
+    between kinds of processor, whose logarithms and cosines do.
 
     Not to be shared by threads.
 
@@ -250,13 +269,23 @@ class SeededRandomness:
         """``n`` draws from [0, 1): [n] float64; see :class:`Randomness`."""
         return unit_interval(self._words(DRAWS, n, torch.int64))
 
+    def words(self, n: int) -> Tensor:
+        """``n`` words of 64 bits: [n] int64; see :class:`Randomness`."""
+        return self._words(INTEGERS, n, torch.int64)
+
     def _words(self, stream: int, n: int, dtype: torch.dtype) -> Tensor:
         """[n] words of a stream."""
-        words = torch.empty(n, dtype=dtype)
         if stream not in self._streams:
             self._streams[stream] = KeyStream(self._key, stream)
-        self._streams[stream].fill(words.numpy().data.cast("B") if n else bytearray())
-        return words
+        return _next_words(self._streams[stream], n, dtype)
+
+
+def _next_words(stream: KeyStream, n: int, dtype: torch.dtype) -> Tensor:
+    """The stream's next ``n`` words of a type."""
+    words = torch.empty(n, dtype=dtype)
+    if n:
+        stream.fill(words.numpy().data.cast("B"))
+    return words
 
 
 def unit_interval(words: Tensor) -> Tensor:
@@ -337,10 +366,6 @@ def poisson_sample(n: int, sampling_rate: float, randomness: Randomness) -> Tens
         )
     if sampling_rate == 1.0:
         return torch.arange(n)
-    return torch.nonzero(randomness.uniform(n) < sampling_rate).flatten()
-
-
-def _sizes(n: int, most: int) -> Iterator[int]:
-    """``n`` in parts of at most ``most``."""
-    for start in range(0, n, most):
-        yield min(most, n - start)
+    # Draws are multiples of 2^-53. Rounded down to one, no unit enters more often than is paid for.
+    threshold = math.ldexp(math.floor(math.ldexp(sampling_rate, 53)), -53)
+    return torch.nonzero(randomness.uniform(n) < threshold).flatten()

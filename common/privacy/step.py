@@ -7,7 +7,7 @@ shared by every engine.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +18,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from common.errors import ConfigurationError
 from common.privacy.noise import Randomness
 
-__all__ = ["check_model", "clip_factors", "clipped_sum", "noisy_mean", "unit_norms"]
+__all__ = [
+    "check_model",
+    "clip_factors",
+    "clipped_sum",
+    "clipped_updates",
+    "noisy_mean",
+    "rounded_to_grid",
+    "unit_norms",
+]
 
 
 def unit_norms(grad_samples: Sequence[Tensor]) -> Tensor:
@@ -71,6 +79,22 @@ def clipped_sum(grad_samples: Sequence[Tensor], clip_norm: float) -> list[Tensor
     return [torch.tensordot(factors.to(grad.dtype), grad, dims=1) for grad in clean]
 
 
+def clipped_updates(updates: Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Whole holders' updates, each scaled to a norm of at most C; one that is not finite is zero.
+
+    Args:
+        updates: [H, D].
+        clip_norm: C, positive.
+
+    Returns:
+        The clipped updates, [H, D], and which of them were no longer than C, [H] bool.
+    """
+    norms = torch.linalg.vector_norm(updates, dim=1)
+    factors = clip_factors(norms, clip_norm).unsqueeze(1)
+    # Selected, not only multiplied: 0 · nan is nan.
+    return torch.where(factors > 0, updates * factors, 0.0), norms <= clip_norm
+
+
 def noisy_mean(
     sums: Sequence[Tensor],
     *,
@@ -83,6 +107,11 @@ def noisy_mean(
 
     The noise is drawn as one flat vector over all parameters, in order, so that an engine that
     keeps them flat uses a seeded stream up in the same way.
+
+    Sum and noise are added in float64 and rounded to multiples of a public number, about 2^-30 of
+    the noise's deviation. How finely floats are spaced depends on their size: without that, a
+    float32 result between its neighbours' multiples would show how small the sum was (Mironov 2012,
+    "On significance of the least significant bits for differential privacy").
 
     Args:
         sums: clipped sums, one tensor per parameter; at least one.
@@ -98,8 +127,31 @@ def noisy_mean(
         raise ConfigurationError(
             f"expected_batch_size must be positive, got {expected_batch_size!r}"
         )
-    noise = _like_each(sums, randomness, noise_multiplier * clip_norm)
-    return [(total + part) / expected_batch_size for total, part in zip(sums, noise, strict=True)]
+    std = noise_multiplier * clip_norm
+    sizes = [total.numel() for total in sums]
+    noise = randomness.normal((sum(sizes),), std=std, dtype=torch.float64, device=sums[0].device)
+    parts = zip(torch.split(noise, sizes), sums, strict=True)
+    noised = [rounded_to_grid(part.view(total.shape) + total, std) for part, total in parts]
+    return [
+        both.div_(expected_batch_size).to(total.dtype)
+        for both, total in zip(noised, sums, strict=True)
+    ]
+
+
+def rounded_to_grid(noised: Tensor, std: float) -> Tensor:
+    """Data with noise, rounded so that the spacing of floats says nothing about the data.
+
+    To the nearest multiples of 2^-30 times the power of two below ``std``, in place; see
+    :func:`noisy_mean`.
+
+    Args:
+        noised: float64, data and noise added in that precision.
+        std: standard deviation of the noise, public; 0 rounds nothing.
+    """
+    if std == 0:
+        return noised
+    grid = math.ldexp(1.0, math.frexp(std)[1] - 31)
+    return noised.div_(grid).round_().mul_(grid)
 
 
 def check_model(model: nn.Module) -> None:
@@ -117,18 +169,6 @@ def check_model(model: nn.Module) -> None:
                 "a batch, so that one unit's contribution cannot be bounded; use GroupNorm or "
                 "LayerNorm"
             )
-
-
-def _like_each(sums: Sequence[Tensor], randomness: Randomness, std: float) -> list[Tensor]:
-    """Draws from N(0, std²) in the shapes, types and places of ``sums``, drawn as one vector."""
-    # In the widest type, so that no parameter's noise is coarser than its sum.
-    dtype = functools.reduce(torch.promote_types, (total.dtype for total in sums))
-    sizes = [total.numel() for total in sums]
-    flat = randomness.normal((sum(sizes),), std=std, dtype=dtype, device=sums[0].device)
-    return [
-        part.view(total.shape).to(total)
-        for part, total in zip(torch.split(flat, sizes), sums, strict=True)
-    ]
 
 
 def _rows(grad: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import hashlib
 import math
 import os
 import pickle
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +23,13 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from torch.overrides import TorchFunctionMode
 
 from common.errors import ConfigurationError
 from common.privacy import noise
 from common.privacy.noise import (
     BLOCK,
+    INTEGERS,
     NOISE,
     SAMPLING,
     KeyStream,
@@ -41,7 +45,7 @@ from common.privacy.noise import DRAWS as DRAWS_STREAM
 
 LEVEL = 1e-9
 DRAWS = 40_000
-STREAMS = (SAMPLING, NOISE, DRAWS_STREAM)
+STREAMS = (SAMPLING, NOISE, DRAWS_STREAM, INTEGERS)
 
 sources = pytest.mark.parametrize(
     "source",
@@ -66,20 +70,61 @@ def test_noise_has_its_standard_deviation_and_no_other(source: Source, std: floa
     assert not looks_normal(draws, std * 3 / 2)
 
 
+class Fixed(OsRandomness):
+    """Noise of words that are known."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        super().__init__()
+        self.known = words
+
+    def words(self, n: int) -> torch.Tensor:
+        assert n == len(self.known)
+        return self.known.clone()
+
+
 def test_each_draw_is_four_draws_in_sum() -> None:
     """The defence against floating-point attacks; one draw has the same distribution."""
-
-    class Recorded(OsRandomness):
-        def _bits(self, n: int) -> npt.NDArray[np.uint64]:
-            self.bits = super()._bits(n)
-            return self.bits
-
-    source = Recorded()
-    draws = source.normal((10,), std=3.0, dtype=torch.float64)
-    u = (source.bits.reshape(4, 10) + 1) / 2.0**53
-    radius, angle = np.sqrt(-2 * np.log(u[:2])), 2 * np.pi * u[2:]
+    words = OsRandomness().words(4 * 1000)
+    draws = Fixed(words).normal((1000,), std=3.0, dtype=torch.float64)
+    upper = (words.numpy() >> 11).reshape(4, 1000).astype(float)
+    u, angle = (upper[:2] + 2**52 + 1) / 2**53, 2 * np.pi * upper[2:] / 2**53
+    radius = np.sqrt(-2 * np.log(u))
     four = [*(radius * np.cos(angle)), *(radius * np.sin(angle))]
     np.testing.assert_allclose(draws, 3.0 * sum(four) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_extreme_words_give_finite_noise_with_long_tails() -> None:
+    """All four draws at their largest; 8σ must be within reach, as δ speaks of the tails."""
+    small, large, eighth = -(2**63), 2**63 - 1, 2**61  # u = 2^-53, u = 1, an angle of π/4
+    draws = Fixed(torch.tensor([small, large] * 2 + [eighth] * 4)).normal((2,), std=1.0)
+    assert float(draws[0]) == pytest.approx(math.sqrt(2 * 2 * 53 * math.log(2)))
+    assert float(draws[0]) > 8
+    assert float(draws[1]) == 0.0
+
+
+class CosinesOf(TorchFunctionMode):
+    """Notes the devices on which cosines are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.cos:
+            self.devices.append(args[0].device.type)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_noise_is_made_on_the_device_it_is_asked_for(device: str) -> None:
+    """Only words go there. The meta device stands for a GPU: nothing comes back from either."""
+    for dtype in (torch.float32, torch.float64):
+        with CosinesOf() as cosines:
+            noise = OsRandomness().normal((2, 3), std=1.0, dtype=dtype, device=torch.device(device))
+        assert noise.device.type == device
+        assert noise.shape == (2, 3)
+        assert noise.dtype == dtype
+        assert cosines.devices == [device]
 
 
 @sources
@@ -135,6 +180,24 @@ def test_uniforms_fill_the_unit_interval(source: Source, stream: str) -> None:
     assert len(uniform(0)) == 0
 
 
+@sources
+def test_words_are_fair_bits(source: Source) -> None:
+    """Each bit, and each two bits of a word; a source that loses its top bit does not pass."""
+    words = source().words(DRAWS)
+    assert words.dtype == torch.int64
+
+    def fair(words: torch.Tensor) -> bool:
+        bits = np.unpackbits(words.numpy().view(np.uint8)).reshape(-1, 64) * 2.0 - 1.0
+        worst = np.abs(np.vstack([bits.T @ bits - DRAWS * np.eye(64), bits.sum(axis=0)])).max()
+        return bool(worst / np.sqrt(DRAWS) < stats.norm.isf(LEVEL / 64**2))
+
+    assert fair(words)
+    assert not fair(words & (2**63 - 1))
+    assert not fair(words | (words >> 1 & 1))
+    assert len(source().words(9 * BLOCK)) == 9 * BLOCK
+    assert len(source().words(0)) == 0
+
+
 # -- streams ---------------------------------------------------------------------------------
 
 
@@ -142,6 +205,27 @@ def test_two_os_sources_never_share_a_stream() -> None:
     assert not torch.equal(
         OsRandomness().normal((100,), std=1.0), OsRandomness().normal((100,), std=1.0)
     )
+    # Equal words in other places would be a shared stream too.
+    first, second = (set(OsRandomness().words(DRAWS).tolist()) for _ in range(2))
+    assert not first & second
+
+
+def test_seeding_torch_numpy_and_python_does_not_move_os_randomness() -> None:
+    def drawn_after_seeding() -> torch.Tensor:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        return OsRandomness().words(4)
+
+    with torch.random.fork_rng(devices=[]):
+        assert not torch.equal(drawn_after_seeding(), drawn_after_seeding())
+
+
+def test_threads_share_a_stream_and_no_part_of_it() -> None:
+    source = OsRandomness()
+    with ThreadPoolExecutor(4) as pool:
+        words = torch.cat(list(pool.map(source.words, [1000] * 16)))
+    assert len(words.unique()) == 16_000
 
 
 def test_os_randomness_cannot_be_copied() -> None:
@@ -159,10 +243,10 @@ def test_a_forked_child_has_another_stream() -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, source._bits(4).tobytes())
+        os.write(writer, source.words(4).numpy().tobytes())
         os._exit(0)
     os.waitpid(child, 0)
-    assert os.read(reader, 32) != source._bits(4).tobytes()
+    assert os.read(reader, 32) != source.words(4).numpy().tobytes()
     os.close(reader)
     os.close(writer)
 
@@ -181,15 +265,17 @@ def test_sources_say_whether_they_can_be_predicted() -> None:
     assert not OsRandomness().predictable
 
 
-def test_sampling_noise_and_draws_do_not_move_each_other() -> None:
+def test_no_stream_of_a_source_moves_another() -> None:
     alone = SeededRandomness("a")
     noise = alone.normal((50,), std=1.0)
     mixed = SeededRandomness("a")
     mixed.uniform(3)
     mixed.draws(4)
+    mixed.words(5)
     assert torch.equal(mixed.normal((50,), std=1.0), noise)
     assert torch.equal(mixed.draws(3), SeededRandomness("a").draws(7)[4:])
     assert torch.equal(mixed.uniform(3), SeededRandomness("a").uniform(6)[3:])
+    assert torch.equal(mixed.words(3), SeededRandomness("a").words(8)[5:])
 
 
 def test_a_seeded_sources_streams_are_independent() -> None:
@@ -197,7 +283,7 @@ def test_a_seeded_sources_streams_are_independent() -> None:
     words = [source._words(stream, DRAWS, torch.int32).double() for stream in STREAMS]
     other = SeededRandomness("streams", "other")
     words += [other._words(stream, DRAWS, torch.int32).double() for stream in STREAMS]
-    correlations = np.corrcoef(torch.stack(words).numpy())[np.triu_indices(6, 1)]
+    correlations = np.corrcoef(torch.stack(words).numpy())[np.triu_indices(2 * len(STREAMS), 1)]
     bound = float(stats.norm.isf(LEVEL / 2)) / np.sqrt(DRAWS)
     assert np.abs(correlations).max() < bound
     assert np.corrcoef(words[0], words[0])[0, 1] > bound
@@ -363,6 +449,18 @@ def test_units_are_taken_independently(source: Source) -> None:
     )
     assert pairs(shuffled.astype(float)).mean() == pytest.approx(-1 / 19, abs=0.01)
     assert abs(pairs(taken).mean()) < 0.02
+
+
+def test_no_unit_enters_more_often_than_its_rate() -> None:
+    """Uniforms are multiples of 2^-53: compared with q itself, 0 passes however small q is."""
+
+    class Zeros(SeededRandomness):
+        def uniform(self, n: int) -> torch.Tensor:
+            return torch.zeros(n, dtype=torch.float64)
+
+    assert len(poisson_sample(5, 2.0**-53, Zeros())) == 5
+    assert len(poisson_sample(5, 0.99 * 2.0**-53, Zeros())) == 0
+    assert len(poisson_sample(5, 1e-300, Zeros())) == 0
 
 
 @sources

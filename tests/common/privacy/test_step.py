@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from common.errors import ConfigurationError
 from common.privacy.noise import OsRandomness, SeededRandomness
-from common.privacy.step import check_model, clip_factors, clipped_sum, noisy_mean
+from common.privacy.step import (
+    check_model,
+    clip_factors,
+    clipped_sum,
+    clipped_updates,
+    noisy_mean,
+    rounded_to_grid,
+)
 
 C = 0.7
 
@@ -159,6 +166,38 @@ def test_noise_has_each_sums_type() -> None:
     assert not torch.equal(parts[1], parts[1].float().double())  # drawn in the wider type
 
 
+def finer_than(spacing: float, noised: Tensor) -> int:
+    """How many of the numbers are not a multiple."""
+    multiples = noised.double() / spacing
+    return int((multiples != multiples.round()).sum())
+
+
+def test_low_bits_do_not_show_how_small_a_sum_was() -> None:
+    """A float32 sum of 1 and noise is a multiple of 2^-25, one of 0 and noise not always.
+
+    About 1 % of either are no multiples, if the size of the sum does not show. Unseeded: the counts
+    are compared at a level of 1e-9, and two counts of 1 % differ by less than √(2 · 1 % · n).
+    """
+    n, sigma, spacing = 200_000, 8.5, 2.0**-25
+
+    def noised(total: float) -> Tensor:
+        (mean,) = noisy_mean(
+            [torch.full((n,), total)],
+            noise_multiplier=sigma / C,
+            clip_norm=C,
+            expected_batch_size=1.0,
+            randomness=OsRandomness(),
+        )
+        return mean
+
+    small, large = (finer_than(spacing, noised(total)) for total in (0.0, 1.0))
+    assert small > 0
+    assert abs(small - large) < stats.norm.isf(1e-9 / 2) * math.sqrt(small + large)
+    noise = OsRandomness().normal((n,), std=sigma)
+    assert finer_than(spacing, noise + 1.0) == 0  # as it is without care
+    assert finer_than(spacing, noise) > 0.005 * n
+
+
 @pytest.mark.parametrize("batch", [0.0, -1.0, math.nan])
 def test_a_batch_size_that_is_not_positive_is_refused(batch: float) -> None:
     with pytest.raises(ConfigurationError, match="expected_batch_size must be positive, got"):
@@ -191,3 +230,29 @@ def test_other_layers_pass() -> None:
             nn.Linear(4, 4), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.InstanceNorm1d(4), nn.Tanh()
         )
     )
+
+
+# -- whole holders ---------------------------------------------------------------------------
+
+
+@given(gradients())
+def test_no_clipped_update_is_longer_than_c_and_one_within_it_is_as_it_was(
+    grads: list[Tensor],
+) -> None:
+    updates = torch.cat([grads[0].flatten(start_dim=1), grads[1].unsqueeze(1)], dim=1)
+    clipped, within = clipped_updates(updates, C)
+    assert bool((torch.linalg.vector_norm(clipped, dim=1) <= C * (1 + 1e-9)).all())  # NaN fails
+    torch.testing.assert_close(clipped[within], updates[within], rtol=0, atol=0)
+    broken = ~updates.isfinite().all(dim=1)
+    assert not clipped[broken].any()
+    assert not within[broken].any()
+
+
+def test_what_is_rounded_lies_on_a_grid_far_below_the_noise() -> None:
+    noised = SeededRandomness("grid").normal((1000,), std=3.0, dtype=torch.float64)
+    found = rounded_to_grid(noised.clone(), 3.0)
+    grid = 2.0 ** (1 - 30)  # 2 is the power of two below 3
+    assert torch.equal(found / grid, (found / grid).round())
+    assert float((found - noised).abs().max()) <= grid / 2
+    assert not torch.equal(noised / grid, (noised / grid).round()), "negative control"
+    assert torch.equal(rounded_to_grid(noised.clone(), 0.0), noised)
