@@ -8,9 +8,12 @@ from dataclasses import replace
 from common.errors import BudgetExceeded
 from common.privacy.accounting import affordable, epsilon
 from common.privacy.events import Composition, Unprotected
-from common.privacy.releases import Budget, Entry, Release, Reservation
+from common.privacy.releases import Budget, Entry, Release, Remark, Reservation
 
 __all__ = ["Account"]
+
+_RESTORED = "(restored)"
+"""Stands among a data set's runs for what an older copy of the ledger does not know."""
 
 
 class Account:
@@ -18,9 +21,11 @@ class Account:
 
     def __init__(self) -> None:
         self._reservations: dict[str, Reservation] = {}
-        # Data set → run → what that run released; void releases taken out.
+        # Data set → run → what that run released.
         self._spent: dict[str, dict[str, Composition]] = {}
         self._affordable: dict[tuple[str, Budget], Composition] = {}
+        # Data set → day, YYYY-MM-DD in UTC → the rounds of runs that anything was released for.
+        self._days: dict[str, dict[str, set[tuple[str, int]]]] = {}
 
     def apply(self, entry: Entry) -> None:
         """Take in the next entry.
@@ -28,6 +33,9 @@ class Account:
         Raises:
             ValueError: it does not follow from those before; the ledger is not one we wrote.
         """
+        if entry.remark is not None:
+            self._take_note(entry.remark, lost=entry.state == "restored")
+            return
         before = self._reservations.get(entry.request_id)
         if entry.state == "reserved":
             self._reserve(entry, before)
@@ -35,23 +43,38 @@ class Account:
         if before is None or before.state != "reserved":
             state = before.state if before else "not reserved"
             raise ValueError(f"{entry.request_id!r} is {state}, it cannot become {entry.state}")
-        after = replace(before, state=entry.state, reply_digest=entry.reply_digest)
-        self._reservations[entry.request_id] = after
-        if entry.state == "void":
-            self._recount(after.release)
+        self._reservations[entry.request_id] = replace(
+            before, state="committed", reply_digest=entry.reply_digest
+        )
 
     def find(self, request_id: str) -> Reservation | None:
         """Where a request stands; None if it was never made."""
         return self._reservations.get(request_id)
 
+    def reservations(self) -> list[Reservation]:
+        """Every release, in the order of reserving."""
+        return list(self._reservations.values())
+
     def data_sets(self) -> list[str]:
-        """Names of the data sets that anything was ever reserved on."""
+        """Names of the data sets that any entry is about."""
         return sorted(self._spent)
 
     def spent(self, data_set: str, run_id: str | None = None) -> Composition:
         """Everything reserved or committed on a data set, or by one run on it."""
         runs = self._spent.get(data_set, {})
         return Composition.sum(runs.values()) if run_id is None else runs.get(run_id, Composition())
+
+    def rounds_since(self, data_set: str, day: str) -> set[tuple[str, int]]:
+        """Run and number of the rounds that anything was reserved for on a day or later.
+
+        Later days count so that a clock that was set back gives nothing away.
+
+        Args:
+            data_set: whose.
+            day: UTC, ``YYYY-MM-DD``.
+        """
+        days = self._days.get(data_set, {})
+        return set().union(*(rounds for found, rounds in days.items() if found >= day))
 
     def check(self, release: Release, budget: Budget | None, planned: Composition) -> None:
         """Whether a release fits the budget together with the rest of its run.
@@ -74,35 +97,41 @@ class Account:
         others = Composition.sum(spent for run, spent in runs.items() if run != run_id)
         this_run = runs.get(run_id, Composition()) + Composition.of(release.event)
         total = others + this_run.join(planned)
-        # ε of a part is at most ε of the whole. Rounds of a run within its plan ask about the same
-        # total each time, so only the first needs the accountant; the others take microseconds.
+        if not self.affords(data_set, budget, total):
+            raise self._exceeded(release, budget, total)
+
+    def affords(self, data_set: str, budget: Budget, total: Composition) -> bool:
+        """Whether ``total`` costs at most ``budget``.
+
+        ε of a part is at most ε of the whole. Rounds of a run within its plan ask about the same
+        total each time, so only the first needs the accountant; the others take microseconds.
+        """
         known = self._affordable.get((data_set, budget))
         if known is not None and known.covers(total):
-            return
+            return True
         if not affordable(total, budget.epsilon, budget.delta):
-            raise self._exceeded(release, budget, total)
+            return False
         self._affordable[data_set, budget] = total
+        return True
 
     def _reserve(self, entry: Entry, before: Reservation | None) -> None:
         if entry.release is None or entry.release.request_id != entry.request_id:
             raise ValueError(f"{entry.request_id!r} is reserved without its terms")
-        if before is not None and before.state != "void":
+        if before is not None:
             raise ValueError(f"{entry.request_id!r} is {before.state} and is reserved again")
         release = entry.release
         self._reservations[entry.request_id] = Reservation(release, "reserved")
         runs = self._spent.setdefault(release.data_set, {})
         spent = runs.get(release.run_id, Composition())
         runs[release.run_id] = spent + Composition.of(release.event)
+        days = self._days.setdefault(release.data_set, {})
+        days.setdefault(entry.time[:10], set()).add((release.run_id, release.round))
 
-    def _recount(self, void: Release) -> None:
-        events = (
-            reservation.release.event
-            for reservation in self._reservations.values()
-            if reservation.state != "void"
-            and reservation.release.data_set == void.data_set
-            and reservation.release.run_id == void.run_id
-        )
-        self._spent[void.data_set][void.run_id] = Composition.of(*events)
+    def _take_note(self, remark: Remark, *, lost: bool) -> None:
+        for data_set in remark.data_sets:
+            runs = self._spent.setdefault(data_set, {})
+            if lost:  # anything may have been released: no guarantee can be derived any more
+                runs[_RESTORED] = Composition.of(Unprotected())
 
     # -- sentences ---------------------------------------------------------------------------
 
@@ -121,12 +150,7 @@ class Account:
         data_set = release.data_set
         spent = self.spent(data_set)
         if spent.unprotected:
-            return BudgetExceeded(
-                f"data set {data_set!r}: something was released from it without a privacy "
-                f"guarantee, so its ε is infinite and no budget can hold (δ={budget.delta:g}); "
-                "use another data set, or a plan and a policy without privacy",
-                left=0.0,
-            )
+            return self._infinite(data_set, budget)
         before = epsilon(spent, budget.delta)
         left = max(0.0, budget.epsilon - before)
         needs = epsilon(total, budget.delta) - before
@@ -137,6 +161,16 @@ class Account:
             f"{_down(left, places)} of {budget.epsilon:.{places}f} is left "
             f"(δ={budget.delta:g}); lower the plan's ε or raise the budget",
             left=left,
+        )
+
+    def _infinite(self, data_set: str, budget: Budget) -> BudgetExceeded:
+        why = "something was released from it without a privacy guarantee"
+        if _RESTORED in self._spent[data_set]:
+            why = "the ledger was restored from an older copy, and what that lacks is not known"
+        return BudgetExceeded(
+            f"data set {data_set!r}: {why}, so its ε is infinite and no budget can hold "
+            f"(δ={budget.delta:g}); use another data set, or a plan and a policy without privacy",
+            left=0.0,
         )
 
 

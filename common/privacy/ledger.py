@@ -7,11 +7,15 @@ data sets differ by one unit added or removed. See :mod:`common.privacy.events`.
 How it holds:
 
 * A price is *reserved* before anything is computed and *committed* before anything is sent. What
-  a crash leaves reserved counts as spent until a repeated request resolves it.
+  a crash leaves reserved counts as spent; a stored reply resolves it, and so does the same request
+  made again. Nothing is ever given back.
 * Reserving checks the budget and writes in one transaction that excludes every other process, so
   two of them cannot spend the same budget.
 * Entries are only ever added. Triggers forbid the rest to honest programs, and a hash chain shows
-  what a dishonest one did, except that it cannot tell a ledger from an older copy of itself.
+  what a dishonest one did.
+* An older copy of a ledger is a sound chain too, so the last entry is noted beside it after every
+  write (:mod:`common.privacy.anchor`), and the two are compared before every write. A ledger that
+  was rolled back is refused until somebody says, in the chain, that its end is lost.
 * SQLite in WAL mode with ``synchronous=FULL``: an entry that was returned from is on the disk.
 
 One :class:`Ledger` may be used by several threads. It must not be carried across ``fork``: SQLite's
@@ -21,21 +25,34 @@ connections cannot be; open another in the child.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
-from common.errors import Refusal, StateError
+from common.errors import ConfigurationError, Refusal, StateError
 from common.privacy.account import Account
 from common.privacy.accounting import epsilon
+from common.privacy.anchor import Anchor, Head, contradiction
 from common.privacy.events import Composition
-from common.privacy.releases import GENESIS, Budget, Entry, Release, Reservation, State
-from common.privacy.storage import EntryStore
+from common.privacy.limits import NO_LIMITS, Limits, refusals
+from common.privacy.releases import (
+    GENESIS,
+    Budget,
+    Entry,
+    Kind,
+    Release,
+    Remark,
+    Reservation,
+)
+from common.privacy.storage import EntryStore, rolled_back
 
-__all__ = ["Budget", "Entry", "Ledger", "Release", "Reservation"]
+__all__ = ["Budget", "Entry", "Kind", "Ledger", "Release", "Remark", "Reservation"]
+
+HEAD_SUFFIX = ".head"
+"""``ledger.sqlite`` has its head in ``ledger.head``."""
 
 
 class Ledger:
@@ -43,28 +60,85 @@ class Ledger:
 
     Args:
         store: of the entries.
+        anchors: where the last entry is noted; none for a ledger in memory.
     """
 
-    def __init__(self, store: EntryStore) -> None:
+    def __init__(self, store: EntryStore, anchors: Sequence[Anchor] = ()) -> None:
         self._store = store
+        self._anchors = tuple(anchors)
         self._lock = threading.RLock()
         self._account = Account()
-        self._last = 0
-        self._digest = GENESIS
+        self._digests = [GENESIS]
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str, anchors: Iterable[Path] = ()) -> Self:
         """Open or create a ledger, and check all of it.
 
         Args:
             path: of the file, or ``":memory:"`` for one that is gone when closed (simulations).
+            anchors: files that note the last entry, besides the one next to the ledger; best on
+                another disk. A ledger with entries must have been introduced to each
+                (:meth:`add_anchor`).
 
         Raises:
-            StateError: the file is damaged or not a ledger; the message says what to do.
+            StateError: the file is damaged, older than a head or not a ledger; the message says
+                what to do.
         """
-        ledger = cls(EntryStore.open(path))
+        named = list(anchors)
+        _require_there(named)
+        places = _anchors(path, named)
+        if places and not Path(path).exists():
+            # Before a file is made: a new account must not begin where one was.
+            _check(places, [GENESIS], str(path))
+        return cls.checked(EntryStore.open(path), places)
+
+    @classmethod
+    def checked(cls, store: EntryStore, anchors: Sequence[Anchor] = ()) -> Self:
+        """The ledger in a store, once chain and anchors are found in order.
+
+        Anchors that are behind, because of a crash, are brought up to date.
+
+        Raises:
+            StateError: they are not in order; the store is closed then.
+        """
+        ledger = cls(store, anchors)
         try:
-            ledger._catch_up()
+            with ledger._writing():
+                pass
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    @classmethod
+    def accept_loss(
+        cls,
+        path: Path | str,
+        anchors: Iterable[Path] = (),
+        *,
+        data_sets: Iterable[str] = (),
+        by: str,
+    ) -> Self:
+        """Open a ledger whose end is lost, and count its data sets' budgets as spent for ever.
+
+        What was released after this copy was made is not known, so ε of every data set in it
+        becomes infinite. An entry says so, and the anchors go on from it.
+
+        Args:
+            path: of the file; one that is gone begins anew.
+            anchors: as for :meth:`open`.
+            data_sets: that may have been released from since the copy was made, besides those in
+                it.
+            by: who says so.
+
+        Raises:
+            StateError: the chain itself is broken, or nothing is lost.
+            ConfigurationError: no data set is in the copy and none is named.
+        """
+        places = _anchors(path, anchors)
+        ledger = cls(EntryStore.open(path), places)
+        try:
+            ledger._accept_loss(frozenset(data_sets), by)
         except BaseException:
             ledger.close()
             raise
@@ -88,7 +162,13 @@ class Ledger:
 
     # -- spending ----------------------------------------------------------------------------
 
-    def reserve(self, release: Release, budget: Budget | None, planned: Composition) -> Reservation:
+    def reserve(
+        self,
+        release: Release,
+        budget: Budget | None,
+        planned: Composition,
+        limits: Limits = NO_LIMITS,
+    ) -> Reservation:
         """Charge a release, before anything is computed for it.
 
         The same request made again costs nothing again and is returned as ``repeated``.
@@ -98,18 +178,22 @@ class Ledger:
             budget: of its data set; None where the holder's policy sets no limit.
             planned: what the *whole* run will release by its plan. All of it must fit beside what
                 other runs have released, see :meth:`Account.check`.
+            limits: within the budget, on one run and on one day.
 
         Raises:
             BudgetExceeded: it does not fit; nothing was written.
-            Refusal: ``request_id`` was used for a release with other terms.
+            Refusal: a limit does not allow it, or ``request_id`` was used for a release with other
+                terms.
         """
-        with self._writing():
+        # A power cut may lose the head of a reservation: nothing has left for it.
+        with self._writing(durable_head=False):
             before = self._account.find(release.request_id)
-            if before is not None and before.state != "void":
+            if before is not None:
                 _check_same(before.release, release)
                 return replace(before, repeated=True)
-            self._account.check(release, budget, planned)
-            self._append(release.request_id, "reserved", release)
+            for refusal in refusals(self._account, release, budget, planned, limits):
+                raise refusal
+            self._append("reserved", release.request_id, release=release, budget=budget)
             return Reservation(release, "reserved")
 
     def commit(self, request_id: str, reply_digest: str = "") -> Reservation:
@@ -130,18 +214,87 @@ class Ledger:
                 raise StateError(
                     f"request {request_id!r} was committed with another reply; send the stored one"
                 )
-            return self._resolve(request_id, before, "committed", reply_digest)
+            if before is None:
+                raise StateError(f"request {request_id!r} was never made; reserve it first")
+            self._append("committed", request_id, reply_digest=reply_digest)
+            return replace(before, state="committed", reply_digest=reply_digest)
 
-    def void(self, request_id: str) -> Reservation:
-        """Give a reservation back: nothing was sent for it and nothing ever will be.
+    def resolve(self, stored: Callable[[str], str | None]) -> list[Reservation]:
+        """Commit what a crash left reserved with its reply already stored.
 
-        Raises:
-            StateError: it is not reserved.
+        A reply is stored whole before the commit, so it was computed under this reservation, and
+        it had not left. Committed, it is what the same request gets when it is made again. A
+        reservation without a stored reply stays as it is: spent, and free to compute again.
+
+        Args:
+            stored: request id → sha256 of the stored reply, or None if there is none.
+
+        Returns:
+            Those that were committed.
+        """
+        resolved = []
+        for item in self.reserved():
+            name = item.release.request_id
+            with self._writing():
+                # Another process may have committed its own answer since.
+                now = self._account.find(name)
+                digest = stored(name) if now and now.state == "reserved" else None
+                if digest is None:
+                    continue
+                self._append("committed", name, reply_digest=digest)
+            resolved.append(replace(item, state="committed", reply_digest=digest))
+        return resolved
+
+    def note_budget(self, data_set: str, budget: Budget, *, by: str, sentence: str) -> None:
+        """Write down that somebody set a budget. What holds is what :meth:`reserve` is told.
+
+        Args:
+            data_set: whose.
+            budget: from now on.
+            by: who did it.
+            sentence: what was done.
         """
         with self._writing():
-            return self._resolve(request_id, self._account.find(request_id), "void")
+            self._append("budget", budget=budget, remark=Remark(by, (data_set,), sentence))
+
+    def add_anchor(self, path: Path) -> None:
+        """Note the last entry in one more file from now on; its folder must be there.
+
+        Args:
+            path: of the file. :meth:`open` must be told of it from then on.
+
+        Raises:
+            StateError: there is such a file already, or it cannot be written.
+        """
+        anchor = Anchor(path)
+        with self._writing():
+            if path.exists():
+                raise StateError(f"{path} is there already; name a file that is not")
+            # An anchor of an empty ledger says nothing that a missing one would not.
+            anchor.write(self._head, durable=True)
+        self._anchors += (anchor,)
 
     # -- reading -----------------------------------------------------------------------------
+
+    def refusals(
+        self,
+        release: Release,
+        budget: Budget | None,
+        planned: Composition,
+        limits: Limits = NO_LIMITS,
+    ) -> list[Refusal]:
+        """Everything for which :meth:`reserve` would refuse; nothing is written."""
+        with self._reading() as account:
+            before = account.find(release.request_id)
+            if before is None:
+                return list(refusals(account, release, budget, planned, limits))
+            different = before.release.differences(release)
+            return [_reused(release, different)] if different else []
+
+    def rounds_since(self, data_set: str, day: str) -> int:
+        """How many rounds anything was reserved for on a day (UTC, ``YYYY-MM-DD``) or later."""
+        with self._reading() as account:
+            return len(account.rounds_since(data_set, day))
 
     def find(self, request_id: str) -> Reservation | None:
         """Where a request stands; None if it was never made."""
@@ -149,9 +302,18 @@ class Ledger:
             return account.find(request_id)
 
     def data_sets(self) -> list[str]:
-        """Names of the data sets that anything was ever reserved on."""
+        """Names of the data sets that any entry is about."""
         with self._reading() as account:
             return account.data_sets()
+
+    def reserved(self, data_set: str | None = None) -> list[Reservation]:
+        """Reservations that nothing has resolved, of every data set or of one, oldest first."""
+        with self._reading() as account:
+            return [
+                item
+                for item in account.reservations()
+                if item.state == "reserved" and data_set in (None, item.release.data_set)
+            ]
 
     def composition(self, data_set: str, *, run_id: str | None = None) -> Composition:
         """Everything reserved or committed on a data set, or by one run on it."""
@@ -168,41 +330,76 @@ class Ledger:
             found = [entry for entry, _ in self._store.after(0, GENESIS)]
             if data_set is None:
                 return found
-            # Every entry has been folded in, so its request is known.
-            return [
-                entry
-                for entry in found
-                if (known := account.find(entry.request_id)) is not None
-                and known.release.data_set == data_set
-            ]
+            return [entry for entry in found if data_set in _data_sets_of(entry, account)]
 
     def verify(self) -> None:
-        """Recompute the whole chain from the file.
+        """Recompute the whole chain from the file, and compare the anchors.
 
         Raises:
-            StateError: naming the first entry that is not as it was written.
+            StateError: naming the first entry that is not as it was written, or the anchor that
+                knows of more.
         """
-        with self._lock:
-            account, seen = Account(), {0: GENESIS}
+        with self._lock, self._store.transaction():
+            account, digests = Account(), [GENESIS]
             for entry, digest in self._store.after(0, GENESIS):
                 self._fold(account, entry)
-                seen[entry.number] = digest
-            if seen.get(self._last) != self._digest:
-                raise self._store.broken(
-                    min(len(seen), self._last), "is gone or another than it was"
-                )
+                digests.append(digest)
+            for number, (known, found) in enumerate(zip(self._digests, digests, strict=False)):
+                if known != found:
+                    raise self._store.broken(number, "is another than it was")
+            if len(digests) < len(self._digests):
+                raise self._store.broken(len(digests), "is gone")
+            _check(self._anchors, digests, self._store.name)
+
+    def heads(self) -> list[tuple[Path, Head | None]]:
+        """Each anchor's file and what it says."""
+        return [(anchor.path, anchor.read()) for anchor in self._anchors]
 
     # -- inside ------------------------------------------------------------------------------
 
+    @property
+    def _head(self) -> Head:
+        return Head(len(self._digests) - 1, self._digests[-1])
+
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, durable_head: bool = True) -> Iterator[None]:
         """A transaction that no other process can write beside, with all entries folded in."""
         with self._lock:
             with self._store.transaction():
                 self._catch_up()
+                _check(self._anchors, self._digests, self._store.name)
                 yield
             # Only now is what was written part of the account: the commit may have failed.
             self._catch_up()
+            if self._anchors:
+                self._note_head(durable=durable_head)
+
+    def _note_head(self, *, durable: bool = True) -> None:
+        """Bring the anchors up to date, under the lock that orders entries: none ever goes back.
+
+        After the entry's own transaction, so that a crash between the two leaves the ledger ahead
+        of its head and never behind.
+        """
+        with self._store.transaction():
+            self._catch_up()
+            for anchor in self._anchors:
+                if anchor.read() != self._head:
+                    anchor.write(self._head, durable=durable)
+
+    def _accept_loss(self, data_sets: frozenset[str], by: str) -> None:
+        with self._lock, self._store.transaction():
+            self._catch_up()
+            why = contradiction(self._anchors, self._digests)
+            if not why:
+                raise StateError("the ledger is whole and as new as its head; nothing is lost")
+            lost = data_sets.union(self._account.data_sets())
+            if not lost:
+                raise ConfigurationError(
+                    "this copy of the ledger has no data set in it; name those that were released "
+                    "from, so that they are not taken for untouched"
+                )
+            self._append("restored", remark=Remark(by, tuple(sorted(lost)), why))
+        self._note_head()
 
     @contextmanager
     def _reading(self) -> Iterator[Account]:
@@ -212,9 +409,9 @@ class Ledger:
 
     def _catch_up(self) -> None:
         """Fold in entries that were added since, by whatever process, checking the chain."""
-        for entry, digest in self._store.after(self._last, self._digest):
+        for entry, digest in self._store.after(len(self._digests) - 1, self._digests[-1]):
             self._fold(self._account, entry)
-            self._last, self._digest = entry.number, digest
+            self._digests.append(digest)
 
     def _fold(self, account: Account, entry: Entry) -> None:
         try:
@@ -225,31 +422,66 @@ class Ledger:
 
     def _append(
         self,
-        request_id: str,
-        state: State,
+        state: Literal["reserved", "committed", "budget", "restored"],
+        request_id: str = "",
+        *,
         release: Release | None = None,
+        budget: Budget | None = None,
         reply_digest: str = "",
+        remark: Remark | None = None,
     ) -> None:
-        entry = Entry.now(self._last + 1, request_id, state, release, reply_digest)
-        self._store.append(entry, self._digest)
+        entry = Entry(
+            len(self._digests),
+            state,
+            Entry.now(),
+            request_id,
+            release,
+            budget,
+            reply_digest,
+            remark,
+        )
+        self._store.append(entry, self._digests[-1])
 
-    def _resolve(
-        self, request_id: str, before: Reservation | None, state: State, reply_digest: str = ""
-    ) -> Reservation:
-        if before is None or before.state != "reserved":
-            found = f"is {before.state}" if before else "was never made"
+
+def _anchors(path: Path | str, more: Iterable[Path]) -> tuple[Anchor, ...]:
+    """The anchor beside the ledger, and others; none of a ledger in memory."""
+    if str(path) == ":memory:":
+        return ()
+    return tuple(map(Anchor, (Path(path).with_suffix(HEAD_SUFFIX), *more)))
+
+
+def _require_there(named: Iterable[Path]) -> None:
+    """A path that was mistyped, or a disk that is not mounted, is no sign of an older copy."""
+    for path in named:
+        if not path.exists():
             raise StateError(
-                f"request {request_id!r} {found}, so it cannot become {state}; reserve it first"
+                f"the anchor {path} is missing or damaged: there is no such file. Check its path, "
+                "and that its disk is there; 'sotto ledger anchor FILE' makes a new one"
             )
-        self._append(request_id, state, reply_digest=reply_digest)
-        return replace(before, state=state, reply_digest=reply_digest)
+
+
+def _check(anchors: Sequence[Anchor], digests: Sequence[str], name: str) -> None:
+    if how := contradiction(anchors, digests):
+        raise rolled_back(name, how)
+
+
+def _data_sets_of(entry: Entry, account: Account) -> tuple[str, ...]:
+    if entry.remark is not None:
+        return entry.remark.data_sets
+    # Every entry has been folded in, so its request is known.
+    known = account.find(entry.request_id)
+    return (known.release.data_set,) if known else ()
 
 
 def _check_same(before: Release, now: Release) -> None:
     """Refuse a request id that stands for something else: its price was for other terms."""
     if different := before.differences(now):
-        raise Refusal(
-            "request",
-            f"request {now.request_id!r} was made before with another {', '.join(different)}; "
-            "use a new request id",
-        )
+        raise _reused(now, different)
+
+
+def _reused(release: Release, different: list[str]) -> Refusal:
+    return Refusal(
+        "request",
+        f"request {release.request_id!r} was made before with another {', '.join(different)}; "
+        "use a new request id",
+    )

@@ -1,9 +1,11 @@
 """What a ledger holds: releases, budgets, and the entries of the chain.
 
 An *entry* is one line of a holder's account, written once. A release begins with a ``reserved``
-entry, which has all its terms, and ends with a ``committed`` or a ``void`` one; its state is that
-of its last entry. Every entry's digest covers the digest before it, so no line can be changed,
-dropped or slipped in without changing all that follow.
+entry, which has all its terms and the budget that it was granted under, and ends with a
+``committed`` one. Nothing is ever given back: after a crash nobody can know that nothing left.
+Two more kinds of entry tell what people did: ``budget`` and ``restored``. Every entry's digest
+covers the digest before it, so no line can be changed, dropped or slipped in without changing all
+that follow.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from typing import Literal, Self, get_args
 from common.errors import ConfigurationError
 from common.privacy.events import Event, event_from_dict
 
-__all__ = ["GENESIS", "Budget", "Entry", "Release", "Reservation", "State"]
+__all__ = ["GENESIS", "Budget", "Entry", "Kind", "Release", "Remark", "Reservation", "State"]
 
-State = Literal["reserved", "committed", "void"]
-"""Of a release. Reserved and committed ones are spent; a void one left nothing behind."""
+State = Literal["reserved", "committed"]
+"""Of a release. Both are spent: what is reserved may have left before a crash."""
 
-GENESIS = hashlib.sha256(b"sotto ledger 1").hexdigest()
+_Does = Literal["reserved", "committed", "budget", "restored"]
+
+Kind = Literal["update", "evaluation", "statistics", "selection"]
+"""What left: a training update, scores of a model, figures of the data, a choice among models."""
+
+GENESIS = hashlib.sha256(b"sotto ledger 2").hexdigest()
 """What stands for the digest before the first entry."""
 
 
@@ -65,6 +72,10 @@ class Release:
         plan_digest: of the plan of that run.
         round: within the run, from 1.
         event: what the mechanism does, for the accountant.
+        kind: what left, in a word.
+
+    Raises:
+        ConfigurationError: there is no such kind.
     """
 
     request_id: str
@@ -75,6 +86,11 @@ class Release:
     plan_digest: str
     round: int
     event: Event
+    kind: Kind = "update"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ConfigurationError(f"kind must be one of {get_args(Kind)}, got {self.kind!r}")
 
     def to_dict(self) -> dict[str, object]:
         """As JSON has it."""
@@ -117,37 +133,64 @@ class Reservation:
 
 
 @dataclass(frozen=True, slots=True)
+class Remark:
+    """What somebody did to the account, other than releasing.
+
+    Args:
+        by: who, as the operating system has it.
+        data_sets: that it is about.
+        sentence: what was done.
+    """
+
+    by: str
+    data_sets: tuple[str, ...]
+    sentence: str
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> Self:
+        """The remark that ``asdict`` made."""
+        data_sets = values["data_sets"]
+        if not isinstance(data_sets, list):
+            raise ConfigurationError(f"a remark's data_sets must be a list, got {data_sets!r}")
+        return cls(**(dict(values) | {"data_sets": tuple(data_sets)}))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line of the account.
 
     Args:
         number: from 1, without gaps.
-        request_id: of the release.
-        state: that the release enters.
+        state: what it does. ``reserved`` and ``committed``: the state that a release enters.
+            ``budget``: somebody set a data set's budget. ``restored``: somebody said that this is
+            an older copy, so that its data sets' ε is unknown from here on.
         time: UTC, ISO 8601.
-        release: its terms, in a ``reserved`` entry; None in others.
+        request_id: of the release.
+        release: its terms, in a ``reserved`` entry.
+        budget: that the release was granted under, or that was set; None for no limit.
         reply_digest: sha256 of the stored reply, in a ``committed`` entry.
+        remark: in a ``budget`` and a ``restored`` entry.
     """
 
     number: int
-    request_id: str
-    state: State
+    state: _Does
     time: str
+    request_id: str = ""
     release: Release | None = None
+    budget: Budget | None = None
     reply_digest: str = ""
+    remark: Remark | None = None
 
-    @classmethod
-    def now(
-        cls,
-        number: int,
-        request_id: str,
-        state: State,
-        release: Release | None = None,
-        reply_digest: str = "",
-    ) -> Self:
-        """An entry with the present time."""
-        time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        return cls(number, request_id, state, time, release, reply_digest)
+    def __post_init__(self) -> None:
+        if self.state not in get_args(_Does):
+            raise ConfigurationError(f"state must be one of {get_args(_Does)}, got {self.state!r}")
+        if (self.remark is None) != (self.state in get_args(State)):
+            raise ConfigurationError(f"a {self.state} entry must have a remark, others none")
+
+    @staticmethod
+    def now() -> str:
+        """The present time, as entries have it."""
+        return datetime.now(UTC).isoformat(timespec="milliseconds")
 
     def body(self) -> str:
         """Canonical JSON: what is stored and hashed."""
@@ -165,15 +208,17 @@ class Entry:
         Raises:
             ValueError: it is not one.
         """
-        values = json.loads(body)
         try:
-            release = values["release"]
-            entry = cls(**values | {"release": Release.from_dict(release) if release else None})
+            values = dict(json.loads(body))
+            release, budget, remark = (values.pop(key) for key in ("release", "budget", "remark"))
+            return cls(
+                **values,
+                release=Release.from_dict(release) if release else None,
+                budget=Budget(**budget) if budget else None,
+                remark=Remark.from_dict(remark) if remark else None,
+            )
         except (TypeError, KeyError) as error:
             raise ValueError(f"not an entry: {error}") from None
-        if entry.state not in get_args(State):
-            raise ValueError(f"state must be one of {get_args(State)}, got {entry.state!r}")
-        return entry
 
 
 def chain(previous: str, body: str) -> str:

@@ -11,7 +11,7 @@ from typing import Self
 from common.errors import StateError
 from common.privacy.releases import Entry, chain
 
-__all__ = ["EntryStore"]
+__all__ = ["EntryStore", "rolled_back"]
 
 APPLICATION_ID = 0x536F7474
 """``Sott`` in SQLite's header, so that another program's database is not taken for a ledger."""
@@ -30,7 +30,8 @@ _SCHEMA = (
 
 _REMEDY = (
     "stop this holder and restore the file from a backup that is no older than its last release; "
-    "without one, count every budget of its data sets as spent"
+    "without one, move the file away and run `sotto ledger accept`, which counts every budget of "
+    "its data sets as spent"
 )
 
 
@@ -44,7 +45,7 @@ class EntryStore:
 
     def __init__(self, connection: sqlite3.Connection, name: str) -> None:
         self._connection = connection
-        self._name = name
+        self.name = name
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -57,13 +58,12 @@ class EntryStore:
             StateError: it cannot be opened, or is something else.
         """
         name = str(path)
-        fresh = name == ":memory:" or not Path(name).exists()
         with _sqlite_errors(name):
             connection = sqlite3.connect(
                 name, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             try:
-                _prepare(connection, name, fresh=fresh)
+                _prepare(connection, name)
             except BaseException:
                 connection.close()
                 raise
@@ -76,7 +76,7 @@ class EntryStore:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, and on the disk when it ends. No other process writes meanwhile."""
-        with _sqlite_errors(self._name):
+        with _sqlite_errors(self.name):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -104,7 +104,7 @@ class EntryStore:
         Raises:
             StateError: naming the first that the chain does not bear out.
         """
-        with _sqlite_errors(self._name):
+        with _sqlite_errors(self.name):
             rows = self._connection.execute(
                 "SELECT number, body, digest FROM entries WHERE number > ? ORDER BY number", (last,)
             )
@@ -119,7 +119,7 @@ class EntryStore:
     def broken(self, number: int, how: str) -> StateError:
         """The error that says so, and what to do."""
         return StateError(
-            f"the ledger {self._name} cannot be trusted: entry {number} {how}; {_REMEDY}"
+            f"the ledger {self.name} cannot be trusted: entry {number} {how}; {_REMEDY}"
         )
 
     def _entry(self, number: int, body: str) -> Entry:
@@ -132,26 +132,38 @@ class EntryStore:
         return entry
 
 
-def _prepare(connection: sqlite3.Connection, name: str, *, fresh: bool) -> None:
+def _prepare(connection: sqlite3.Connection, name: str) -> None:
     """Set the connection up, and the file if it is new."""
     connection.execute("PRAGMA synchronous = FULL")
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode = WAL")
+    # Our digests cover what entries say; this, the pages that the next ones are put into.
+    (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(" ".join(found.split()))
     connection.execute("BEGIN IMMEDIATE")
     (identity,) = connection.execute("PRAGMA application_id").fetchone()
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if not objects and not fresh:
-        # A file cut to nothing must not become a new account with nothing spent.
-        raise StateError(
-            f"the ledger {name} is empty, which a ledger never is; {_REMEDY}. If this holder has "
-            "never released anything, delete the file"
-        )
     if objects and identity != APPLICATION_ID:
         raise StateError(f"{name} is a database but not a ledger; choose another state folder")
-    if not objects:
+    if not objects:  # new, or its maker was killed; whether entries are gone is told by its head
         for statement in _SCHEMA:
             connection.execute(statement)
     connection.execute("COMMIT")
+
+
+def rolled_back(name: str, how: str) -> StateError:
+    """The error for a ledger that is not the newest of its copies, and what to do.
+
+    Args:
+        name: of the file.
+        how: it was noticed.
+    """
+    return StateError(
+        f"the ledger {name} cannot be trusted: {how}. It may be an older copy of itself: stop this "
+        "holder and put back the newest copy, with its -wal file if there is one; if there is "
+        "none, run `sotto ledger accept`, which counts every budget of its data sets as spent"
+    )
 
 
 @contextmanager

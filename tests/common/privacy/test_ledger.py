@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from common.errors import BudgetExceeded, ConfigurationError, Refusal, StateError
 from common.privacy.accounting import epsilon, noise_multiplier
 from common.privacy.events import Composition, Event, SubsampledGaussian, Unprotected
-from common.privacy.ledger import Budget, Ledger, Release
+from common.privacy.ledger import Budget, Kind, Ledger, Release
+from common.privacy.releases import GENESIS, Entry
 
 DELTA = 1e-5
 ROUND = SubsampledGaussian(1.0, 10.0, 2)
@@ -89,20 +91,24 @@ def test_data_sets_and_runs_are_counted_apart(ledger: Ledger) -> None:
     assert [entry.request_id for entry in ledger.entries("y")] == ["b/000003"] * 2
 
 
-def test_reserved_counts_as_spent_and_void_does_not(ledger: Ledger) -> None:
+def test_reserved_counts_as_spent_until_it_is_committed_and_after(ledger: Ledger) -> None:
     ledger.reserve(release(1), WIDE, RUN)
     ledger.reserve(release(2), WIDE, RUN)
+    ledger.commit(release(2).request_id, "digest")
     assert ledger.composition("clinic-a") == Composition.of(ROUND) * 2
-    ledger.void(release(2).request_id)
-    assert ledger.composition("clinic-a") == Composition.of(ROUND)
-    assert ledger.find(release(2).request_id).state == "void"  # type: ignore[union-attr]
+    assert [item.release for item in ledger.reserved()] == [release(1)]
+    assert ledger.reserved("clinic-b") == []
 
 
-def test_a_void_release_is_charged_again_when_it_is_asked_again(ledger: Ledger) -> None:
-    ledger.reserve(release(1), WIDE, RUN)
-    ledger.void(release(1).request_id)
-    assert not ledger.reserve(release(1), WIDE, RUN).repeated
-    assert ledger.composition("clinic-a") == Composition.of(ROUND)
+def test_every_kind_of_release_counts(ledger: Ledger) -> None:
+    for number, kind in enumerate(get_args(Kind), start=1):
+        spend(ledger, replace(release(number), kind=kind), WIDE, RUN)
+    assert ledger.composition("clinic-a") == Composition.of(ROUND) * 4
+
+
+def test_there_are_no_other_kinds_of_release() -> None:
+    with pytest.raises(ConfigurationError, match=r"kind must be one of .*update.* got 'rumour'"):
+        replace(release(), kind="rumour")  # type: ignore[arg-type]
 
 
 # -- the same request again ------------------------------------------------------------------
@@ -138,6 +144,23 @@ def test_a_crash_between_reserve_and_commit_is_spent_and_can_be_resumed_for_noth
     crashed.close()
 
 
+def test_a_stored_reply_resolves_what_a_crash_left_reserved(path: Path) -> None:
+    with Ledger.open(path) as crashed:
+        for number in (1, 2, 3):
+            crashed.reserve(release(number), WIDE, RUN)
+        crashed.commit(release(3).request_id, "third")
+
+    replies = {release(2).request_id: "second", release(3).request_id: "never asked for"}
+    with Ledger.open(path) as ledger:
+        (resolved,) = ledger.resolve(replies.get)
+        assert resolved == ledger.find(release(2).request_id)
+        assert (resolved.state, resolved.reply_digest) == ("committed", "second")
+        assert ledger.find(release(3).request_id).reply_digest == "third"  # type: ignore[union-attr]
+        assert [item.release for item in ledger.reserved()] == [release(1)]
+        assert ledger.composition("clinic-a") == Composition.of(ROUND) * 3
+        assert ledger.resolve(replies.get) == []
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -145,6 +168,7 @@ def test_a_crash_between_reserve_and_commit_is_spent_and_can_be_resumed_for_noth
         ("data_set", "clinic-b"),
         ("plan_digest", "q" * 64),
         ("coordinator", "somebody else"),
+        ("kind", "evaluation"),
     ],
 )
 def test_a_request_id_cannot_be_used_again_for_other_terms(
@@ -167,8 +191,6 @@ def test_commit_is_idempotent_and_nothing_else(ledger: Ledger) -> None:
     assert len(ledger.entries()) == 2
     with pytest.raises(StateError, match="committed with another reply; send the stored one"):
         ledger.commit(release(1).request_id, "other")
-    with pytest.raises(StateError, match="is committed, so it cannot become void"):
-        ledger.void(release(1).request_id)
 
 
 # -- the budget ------------------------------------------------------------------------------
@@ -282,7 +304,7 @@ def test_a_budget_out_of_range_is_refused(eps: float, delta: float, message: str
 
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["reserve", "commit", "void", "reopen"]),
+        st.sampled_from(["reserve", "commit", "reopen"]),
         st.integers(1, 4),
         st.sampled_from(["run-1", "run-2"]),
     ),
@@ -309,8 +331,6 @@ def test_any_history_stays_within_the_budget_and_shows_what_left(
             elif action == "commit":
                 ledger.commit(item.request_id, "digest")
                 sent.add(item.request_id)
-            elif action == "void":
-                ledger.void(item.request_id)
             else:
                 dead.append(ledger)
                 ledger = Ledger.open(path)
@@ -404,7 +424,7 @@ def test_triggers_forbid_changes(path: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE entries SET body = replace(body, 'reserved', 'void') || ' ' WHERE number = {n}",
+        "UPDATE entries SET body = replace(body, 'reserved', 'budget') || ' ' WHERE number = {n}",
         "UPDATE entries SET body = replace(body, 'clinic-a', 'clinic-b') || ' ' WHERE number = {n}",
         "UPDATE entries SET digest = 'f' || substr(digest, 2, 63) || '0' WHERE number = {n}",
         "UPDATE entries SET body = (SELECT body FROM entries WHERE number = 3) WHERE number = {n}",
@@ -455,10 +475,8 @@ def test_verify_finds_a_ledger_that_was_cut_short_or_replaced_while_open(path: P
 
 def test_a_chain_that_is_sound_but_makes_no_sense_is_refused(path: Path) -> None:
     """Somebody who can compute digests still cannot commit what was never reserved."""
-    from common.privacy.releases import GENESIS, Entry
-
     Ledger.open(path).close()
-    entry = Entry.now(1, "run-1/000001", "committed")
+    entry = Entry(1, "committed", Entry.now(), "run-1/000001")
     connection = sqlite3.connect(path)
     connection.execute(
         "INSERT INTO entries VALUES (1, ?, ?)", (entry.body(), entry.digest(GENESIS))
@@ -483,7 +501,7 @@ def test_a_damaged_file_is_refused_with_what_to_do(path: Path, damage: str) -> N
         }[damage]
     )
     with pytest.raises(
-        StateError, match=r"ledger\.sqlite.*(restore the file from a backup|folder)"
+        StateError, match=r"ledger\.sqlite.*(restore the file|put back the newest|folder)"
     ):
         Ledger.open(path)
 
