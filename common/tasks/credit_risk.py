@@ -74,6 +74,7 @@ class CreditRisk(BinaryTask):
     name = "credit-risk"
     input_names = ("numbers", "categories")
     measures = ("auc", "ks", "brier", "accuracy", "recall", "f1")
+    scalable = MappingProxyType({"numbers": 2.0})
     sources = MappingProxyType(
         {"synthetic": SyntheticCredit, "uci-default": UciDefault, "german": GermanCredit}
     )
@@ -89,6 +90,7 @@ class CreditRisk(BinaryTask):
         self.schema = self.source.schema
         self.preprocessing = "default"
         self._form = _FORMS[name]
+        self.usual_ranges = self._form.usual_ranges
 
     def model(self, units: int) -> nn.Module:
         """A fresh :class:`CreditNet`."""
@@ -170,13 +172,31 @@ class _Form:
         width: how many numeric inputs.
         hidden: width of the hidden layer.
         tiers: recommended settings.
+        usual_ranges: column → range in which statistics look.
     """
 
     numbers: Callable[[pd.DataFrame], Matrix]
     width: int
     hidden: int
     tiers: Sequence[Tier]
+    usual_ranges: Mapping[str, tuple[float, float]]
 
+
+_CARD_RANGES: Mapping[str, tuple[float, float]] = {
+    "LIMIT_BAL": (0.0, 800_000.0),
+    "AGE": (20.0, 80.0),
+    **dict.fromkeys(BILLS, (0.0, 400_000.0)),
+    **dict.fromkeys(PAYMENTS, (0.0, 40_000.0)),
+}
+"""New Taiwan dollars that most cards sold there allow, bill and get paid in a month, and years."""
+
+_LOAN_RANGES: Mapping[str, tuple[float, float]] = {
+    "duration": (0.0, 72.0),
+    "amount": (0.0, 16_000.0),
+    "age": (18.0, 80.0),
+    "credits": (1.0, 5.0),
+    "dependants": (0.0, 5.0),
+}
 
 _CARD_TIERS = (
     full_batch(math.inf, rounds=200, learning_rate=1.0),
@@ -186,14 +206,14 @@ _CARD_TIERS = (
 )
 _LOAN_TIERS = (
     full_batch(math.inf, rounds=60, learning_rate=0.5),
-    full_batch(5.0, rounds=60, learning_rate=0.5),
-    full_batch(0.0, rounds=30, learning_rate=0.5),
+    full_batch(5.0, rounds=60, learning_rate=0.25),
+    full_batch(0.0, rounds=30, learning_rate=0.25),
 )
 
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
-        "synthetic": _Form(_card_numbers, width=26, hidden=16, tiers=_CARD_TIERS),
-        "uci-default": _Form(_card_numbers, width=26, hidden=16, tiers=_CARD_TIERS),
-        "german": _Form(_loan_numbers, width=7, hidden=8, tiers=_LOAN_TIERS),
+        "synthetic": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_RANGES),
+        "uci-default": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_RANGES),
+        "german": _Form(_loan_numbers, 7, 8, _LOAN_TIERS, _LOAN_RANGES),
     }
 )

@@ -64,6 +64,7 @@ class MedicalDiagnosis(BinaryTask):
 
     name = "medical-diagnosis"
     measures = ("accuracy", "auc", "f1", "recall", "brier")
+    scalable = MappingProxyType({"features": 1.0})
     sources = MappingProxyType({"breast-cancer": BreastCancer, "heart-disease": HeartDisease})
     preprocessings: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         {"heart-disease": ("public", "flamby", "full")}
@@ -85,6 +86,7 @@ class MedicalDiagnosis(BinaryTask):
             self.source = HeartDisease(every_row=self.preprocessing == "full")
             self.held_out = 0.34
         self.schema = self.source.schema
+        self.usual_ranges = CELL_RANGES if name == "breast-cancer" else CLINICAL_RANGES
         self._encoder = self._make_encoder()
         if self.preprocessing == "flamby":
             self.caveat = _FLAMBY_CAVEAT
@@ -102,6 +104,11 @@ class MedicalDiagnosis(BinaryTask):
         """Encode both halves; ``flamby`` scales both by the training half's own figures."""
         data = super().prepare(tables)
         return _standardised(data) if self.preprocessing == "flamby" else data
+
+    def measured(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A pressure or cholesterol of zero was not measured."""
+        columns = [name for name in table if name in NOT_MEASURED]
+        return table.assign(**{name: table[name].where(table[name] != 0) for name in columns})
 
     def recommended(self, epsilon: float | None) -> dict[str, object]:
         """Few full-batch steps with privacy, more without."""

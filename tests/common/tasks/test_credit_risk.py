@@ -60,6 +60,7 @@ def test_the_contract_holds(synthetic: CreditRisk) -> None:
     contract.check_rows_encode_alone(synthetic, table)
     contract.check_batches_are_pure(synthetic, examples)
     contract.check_predictions_are_per_unit(synthetic, examples)
+    contract.check_histogram(synthetic, examples.take(torch.arange(50)))
     contract.check_many_holders_are_judged_as_each_alone(
         synthetic, [synthetic.examples(own) for own in synthetic.source.tables().values()]
     )

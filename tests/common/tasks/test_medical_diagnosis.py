@@ -69,6 +69,7 @@ def test_the_contract_holds(breast: MedicalDiagnosis) -> None:
     contract.check_rows_encode_alone(breast, table)
     contract.check_batches_are_pure(breast, examples)
     contract.check_predictions_are_per_unit(breast, examples)
+    contract.check_histogram(breast, examples.take(torch.arange(50)))
     contract.check_many_holders_are_judged_as_each_alone(
         breast, [breast.examples(own) for own in breast.source.tables().values()]
     )
