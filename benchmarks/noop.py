@@ -22,7 +22,8 @@ from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.loopback import HOLDERS, Loopback
-from client.app import Holder, build_app
+from client.app import build_app
+from client.holder import Holder
 from client.node import Node
 from client.policy import Policy
 from client.state import HolderState
@@ -60,7 +61,7 @@ def sotto_rounds(folder: Path, parameters: int, rounds: int) -> list[float]:
             "rounds": rounds + 1,
             "min_holders": len(HOLDERS),
             "epsilon": EPSILON,
-            "evaluate_every": 0,
+            "evaluate": "never",
         },
     )
     quiet_flower()
@@ -158,7 +159,8 @@ def serve_holder(server: str, state: Path, parameters: int) -> None:
     """Be a holder until SIGTERM, as ``sotto join`` is."""
     task, keys = NoTask(parameters), HolderKeys.load(state)
     units = task.examples(pd.DataFrame())
-    policy = Policy("nothing", Budget(EPSILON, task.source.delta), size_class=len(units))
+    budget = Budget(EPSILON, task.source.delta)
+    policy = Policy.of_experiment("nothing", budget, len(units))
     with HolderState.at(state) as memory:
         device = torch.device("cpu")
         holder = Holder(keys.name, task, HolderData(units, units), policy, memory, device)

@@ -174,7 +174,7 @@ class Case:
             "local_steps": self.steps,
             "batch_size": self.batch,
             "holder_size": self.records,
-            "evaluate_every": 0,
+            "evaluate": "never",
             **({"epsilon": 8.0} if self.private else {"no_dp": True}),
         }
         return plan_for(self.task, chosen | settings)

@@ -430,7 +430,7 @@ def sweep(options: Options) -> Part:
         "one run, command": ["simulate", *on_data, "--epsilon", "1", "--baselines"],
         "sweep, command": ["sweep", *on_data, "--epsilon", listed, "--seeds", str(_SEEDS)],
     }
-    plan = plan_for(task, {"epsilon": 1.0, "min_holders": holders, "evaluate_every": 0})
+    plan = plan_for(task, {"epsilon": 1.0, "min_holders": holders, "evaluate": "never"})
     plan = plan.model_copy(update={"evaluate_every": max(1, plan.rounds // 20)})
     calls: dict[str, Callable[[], object]] = {
         "one run, in process": lambda: run_experiment(Experiment(task, plan, baselines=True)),
@@ -484,7 +484,7 @@ def recommendation(options: Options) -> Part:
         ("no DP, 10 local steps", {"no_dp": True, "local_steps": 10}),
     ):
         options.say(f"{users:,} holders, {label} ...")
-        rounds = {"rounds": options.count(6, 3), "evaluate_every": 0, "min_holders": users}
+        rounds = {"rounds": options.count(6, 3), "evaluate": "never", "min_holders": users}
         plan = plan_for(task, {**settings, **rounds}, holders=users)
         seconds: list[float] = []
         processes: list[int] = [1]

@@ -1,8 +1,8 @@
 """What a holder keeps: its ledger, the answers it has given, its private parameters.
 
-An *answer* is everything that a training request produced: the update that leaves, and the
-private parameters that stay. It is one file, written before the ledger's commit, which records
-the file's digest; the request asked again is answered from it, byte for byte, at no price.
+An *answer* is everything that a request produced: what leaves, and the private parameters that
+stay. It is one file, written before the ledger's commit, which records the file's digest; the
+request asked again is answered from it, byte for byte, at no price.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +26,25 @@ from common.errors import StateError
 from common.privacy.ledger import Ledger
 from common.wire import TrainReply
 
-__all__ = ["Answer", "AnswerStore", "FileAnswers", "HolderState", "MemoryAnswers"]
+__all__ = ["Answer", "AnswerStore", "FileAnswers", "HolderState", "MemoryAnswers", "Stored"]
 
 _PRIVATE = "private."
-KEPT_PER_RUN, KEPT_RUNS = 2, 8
+KEPT_PER_RUN, KEPT_RUNS = 2, 16
+"""Answers kept of one kind in one run; and of how many of these. Updates and evaluations are two
+kinds."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A reply as it is kept, whatever was asked.
+
+    Args:
+        tensors: what leaves, and what stays, by name.
+        about: the rest of it, as text.
+    """
+
+    tensors: Mapping[str, np.ndarray[Any, Any]]
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,36 +61,38 @@ class Answer:
     private: Mapping[str, Tensor]
     units: str = ""
 
-    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Everything in it, by name."""
+    def stored(self) -> Stored:
+        """The form in which it is kept."""
         private = {_PRIVATE + name: value.numpy() for name, value in self.private.items()}
-        return {"update": self.reply.update, **private}
-
-    def about(self) -> dict[str, str]:
-        """What is in it beside tensors."""
-        return {"weight": json.dumps(self.reply.weight), "units": self.units}
+        about = {
+            "weight": json.dumps(self.reply.weight),
+            "within": json.dumps(self.reply.within),
+            "units": self.units,
+        }
+        return Stored({"update": self.reply.update, **private}, about)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, np.ndarray[Any, Any]], about: Mapping[str, str]) -> Answer:
-        """Inverse of :meth:`tensors` and :meth:`about`."""
+    def of(cls, stored: Stored) -> Answer:
+        """Inverse of :meth:`stored`."""
         private = {
             name.removeprefix(_PRIVATE): from_numpy(np.array(value))
-            for name, value in tensors.items()
+            for name, value in stored.tensors.items()
             if name.startswith(_PRIVATE)
         }
-        reply = TrainReply(tensors["update"], float(json.loads(about["weight"])))
-        return cls(reply, private, about["units"])
+        weight, within = (json.loads(stored.about[name]) for name in ("weight", "within"))
+        reply = TrainReply(stored.tensors["update"], float(weight), within)
+        return cls(reply, private, stored.about["units"])
 
 
 class AnswerStore(ABC):
     """Where answers are kept."""
 
     @abstractmethod
-    def put(self, request_id: str, answer: Answer) -> str:
+    def put(self, request_id: str, answer: Stored) -> str:
         """Store an answer and return its digest."""
 
     @abstractmethod
-    def get(self, request_id: str, digest: str) -> Answer | None:
+    def get(self, request_id: str, digest: str) -> Stored | None:
         """The stored answer, or None if it is no longer there.
 
         Raises:
@@ -91,14 +108,14 @@ class AnswerStore(ABC):
 class MemoryAnswers(AnswerStore):
     """For simulations: the last answer of each run, in memory."""
 
-    _last: dict[str, tuple[str, Answer]] = field(default_factory=dict)
+    _last: dict[str, tuple[str, Stored]] = field(default_factory=dict)
 
-    def put(self, request_id: str, answer: Answer) -> str:
+    def put(self, request_id: str, answer: Stored) -> str:
         """Remember the answer in place of the run's previous one."""
         self._last[_run_of(request_id)] = (request_id, answer)
         return ""
 
-    def get(self, request_id: str, digest: str) -> Answer | None:
+    def get(self, request_id: str, digest: str) -> Stored | None:
         """The run's last answer, if it is this one."""
         del digest
         key, answer = self._last.get(_run_of(request_id), ("", None))
@@ -112,28 +129,27 @@ class MemoryAnswers(AnswerStore):
 
 @dataclass(frozen=True)
 class FileAnswers(AnswerStore):
-    """One safetensors file for each of the last two answers of each of the last eight runs."""
+    """One safetensors file for each of the last answers, of each kind, of each of the last runs."""
 
     folder: Path
 
-    def put(self, request_id: str, answer: Answer) -> str:
+    def put(self, request_id: str, answer: Stored) -> str:
         """Write the answer atomically and drop what is no longer asked for."""
         path = self._path(request_id)
         if not path.parent.exists():
             path.parent.mkdir(parents=True)
             sync_folder(path.parent.parent)
-        digest = write_tensors(path, answer.tensors(), answer.about())
+        digest = write_tensors(path, dict(answer.tensors), dict(answer.about))
         _drop_oldest(path, "*.safetensors", KEPT_PER_RUN)
         _drop_oldest(path.parent, "*", KEPT_RUNS)
         return digest
 
-    def get(self, request_id: str, digest: str) -> Answer | None:
+    def get(self, request_id: str, digest: str) -> Stored | None:
         """Read the answer back and check it against the ledger's digest."""
         path = self._path(request_id)
-        if not path.exists():
+        found = self.digest(request_id)
+        if found is None:
             return None
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != digest:
             raise StateError(
                 f"{path} is not the answer that the ledger recorded; it is damaged or was "
@@ -141,7 +157,15 @@ class FileAnswers(AnswerStore):
             )
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Answer.of(tensors, file.metadata())
+            return Stored(tensors, file.metadata() or {})
+
+    def digest(self, request_id: str) -> str | None:
+        """Sha256 of a stored answer's file; None where there is none."""
+        path = self._path(request_id)
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def rounds(self, run_id: str) -> list[int]:
         """Rounds of a run whose answers are here, newest first."""
@@ -181,11 +205,18 @@ class HolderState:
     folder: Path | None = None
 
     @classmethod
-    def at(cls, folder: Path) -> HolderState:
-        """In a folder, made if need be; it survives restarts."""
+    def at(cls, folder: Path, anchors: Sequence[Path] = ()) -> HolderState:
+        """In a folder, made if need be; it survives restarts.
+
+        Args:
+            folder: of the holder.
+            anchors: further files that know the ledger's last entry, best on another disk.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger.open(folder / "ledger.sqlite")
-        return cls(ledger, FileAnswers(folder / "answers"), folder)
+        ledger = Ledger.open(folder / "ledger.sqlite", anchors)
+        answers = FileAnswers(folder / "answers")
+        ledger.resolve(answers.digest)  # what a crash left stored, and not yet committed
+        return cls(ledger, answers, folder)
 
     @classmethod
     def in_memory(cls) -> HolderState:

@@ -16,7 +16,8 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.plan import NonPrivate, Privacy, TrainingPlan
+from common.guarantees import Privacy
+from common.plan import TrainingPlan
 from common.privacy.noise import Randomness, poisson_sample
 from common.privacy.step import check_model, clipped_sum, noisy_mean
 from common.tasks.base import Examples, Task
@@ -27,6 +28,7 @@ from common.tasks.parameters import (
     private_of,
     shared_of,
 )
+from common.tasks.scaling import scaled
 from common.tasks.separation import require_separate_units
 
 __all__ = ["Trainer", "pick_device"]
@@ -110,11 +112,10 @@ class Trainer:
         self.device = device
         self.units = len(data)
         self._data = data.to(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(secrets.randbits(63) if seed is None else seed)
-            model = task.model(self.units).to(device)
+        model = self._new_model(secrets.randbits(63) if seed is None else seed)
         check_model(model)
         self._model = model
+        self._separate = False
         self._initial_private = private_of(task, model)
         self._gradients: GradSampleModule | None = None
 
@@ -141,9 +142,16 @@ class Trainer:
         self, parameters: Tensor, private: Mapping[str, Tensor] | None, test: Examples
     ) -> dict[str, float]:
         """The task's metrics of the given parameters on held-out units."""
+        test = test.to(self.device)
+        return self.task.metrics(self.predictions(parameters, private, test), test)
+
+    def predictions(
+        self, parameters: Tensor, private: Mapping[str, Tensor] | None, test: Examples
+    ) -> Tensor:
+        """What the task's metrics and cells need to know of held-out units: [B, …]."""
         self._load(parameters, private)
         self._model.eval()
-        return self.task.evaluate(self._model, test.to(self.device))
+        return self.task.predictions(self._model, test.to(self.device))
 
     def train(
         self,
@@ -171,7 +179,7 @@ class Trainer:
         self._model.train()
         try:
             for _ in range(plan.local_steps):
-                step(self._sample(plan.sampling_rate, randomness))
+                step(self._sample(plan, randomness))
         except BaseException:
             # Opacus' hooks keep what a broken step left in them, and would fail every later one.
             self._unhook()
@@ -180,15 +188,15 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------
 
-    def _sample(self, sampling_rate: float, randomness: Randomness) -> Examples:
+    def _sample(self, plan: TrainingPlan, randomness: Randomness) -> Examples:
         """The batch of a Poisson sample of the units."""
-        index = poisson_sample(self.units, sampling_rate, randomness)
+        index = poisson_sample(self.units, plan.sampling_rate, randomness)
         shape = (len(index), self.task.draws)
         if self.task.draws:
             draws = randomness.draws(math.prod(shape)).view(shape)
         else:
             draws = torch.empty(shape, dtype=torch.float64)
-        units = self._data.take(index.to(self.device))
+        units = scaled(self._data.take(index.to(self.device)), plan.scaling)
         return self.task.batch(units, draws.to(self.device))
 
     def _step(
@@ -199,17 +207,15 @@ class Trainer:
         pull = self._proximal_pull(plan, start)
         if isinstance(plan.privacy, Privacy):
             return self._private_step(plan.privacy, shared, private, pull, randomness, divisor)
-        return self._exact_step(plan.privacy, shared, private, pull)
+        return self._exact_step(shared, private, pull)
 
     def _exact_step(
         self,
-        privacy: NonPrivate,
         shared: torch.optim.Optimizer,
         private: torch.optim.Optimizer | None,
         pull: Callable[[], None],
     ) -> _Step:
         """The mean gradient of the batch at hand; without privacy its size is nobody's secret."""
-        del privacy
         self._unhook()
 
         def step(batch: Examples) -> None:
@@ -342,7 +348,7 @@ class Trainer:
         they are hidden from Opacus, which hooks only modules that have something to train.
         """
         if self._gradients is None:
-            require_separate_units(self.task, self._model, self._data)
+            self._require_separate_units()
             private = [
                 parameter
                 for name, parameter in self._model.named_parameters()
@@ -354,6 +360,24 @@ class Trainer:
             for parameter in private:
                 parameter.requires_grad_(True)
         return self._gradients
+
+    def _require_separate_units(self) -> None:
+        """Once, and on a model of our own.
+
+        On one that was sent, how far rounding parts two equal losses is for its sender to choose;
+        whether it refuses would then answer questions about the first units.
+
+        Raises:
+            ConfigurationError: a unit's loss depends on who else is in the batch.
+        """
+        if not self._separate:
+            require_separate_units(self.task, self._new_model(0), self._data)
+            self._separate = True
+
+    def _new_model(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.task.model(self.units).to(self.device)
 
     def _optimizer(self, plan: TrainingPlan) -> torch.optim.Optimizer:
         parameters = [parameter for _, parameter in named_shared(self.task, self._model)]

@@ -145,6 +145,11 @@ class BaseGrid(Grid):
         """Names of holders that joined before and cannot be asked now."""
         return []
 
+    @property
+    def patience(self) -> float:
+        """Seconds in which a holder that is running, and not there, would come; 0 if none can."""
+        return 0.0
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send and wait; the replies are then there for :meth:`pull_messages`."""
         requests = list(messages)

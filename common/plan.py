@@ -6,29 +6,32 @@ disagree. Everything in it is public. "No privacy" is a plan too (:class:`NonPri
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import tomllib
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from common.errors import ConfigurationError
-from common.privacy.accounting import noise_multiplier
-from common.privacy.events import Composition, SubsampledGaussian, Unprotected
-from common.tasks.base import Unit
+from common.frozen import Frozen, PublicPlan, validated
+from common.guarantees import (
+    CentralPrivacy,
+    HistogramEvaluation,
+    LocalEvaluation,
+    NonPrivate,
+    Privacy,
+)
+from common.privacy.events import Composition, Event
+from common.tasks.scaling import InputScaling
 
 __all__ = [
-    "NonPrivate",
-    "Privacy",
+    "CLIP_ROUNDING",
+    "LARGEST_SIZE_CLASS",
+    "LARGEST_UNDERSTATEMENT",
     "StrategyPlan",
     "TrainingPlan",
     "fits_size_class",
-    "validated",
 ]
 
 LARGEST_SIZE_CLASS = 10
@@ -38,113 +41,13 @@ LARGEST_UNDERSTATEMENT = 4
 """A holder may have this many times the units that it declares."""
 
 
-_Model = TypeVar("_Model", bound="Frozen")
+CLIP_ROUNDING = 1 + 1e-4
+"""A clipped update in float32 may be longer than C by this factor."""
 
 
 def fits_size_class(units: int, size_class: int) -> bool:
     """Whether a holder with so many units may declare ``size_class``."""
     return units <= LARGEST_UNDERSTATEMENT * size_class
-
-
-def validated(model: type[_Model], values: Mapping[str, Any]) -> _Model:
-    """Build ``model`` from ``values``.
-
-    Raises:
-        ConfigurationError: one sentence per field: its name, the bound, and what was found.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigurationError(_sentences(error)) from None
-
-
-def _sentences(error: ValidationError) -> str:
-    def sentence(problem: Mapping[str, Any]) -> str:
-        message = problem["msg"].removeprefix("Value error, ")
-        # "dp" and "none" are the tags of the privacy union, not fields that a user wrote.
-        field = ".".join(str(part) for part in problem["loc"] if part not in ("dp", "none"))
-        found = f", got {problem['input']!r}" if field and problem["type"] != "missing" else ""
-        return f"{field}: {message[0].lower()}{message[1:]}{found}" if field else message
-
-    return "; ".join(sentence(dict(problem)) for problem in error.errors())
-
-
-class Frozen(BaseModel):
-    """Immutable, and strict about unknown keys and non-finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Privacy(Frozen):
-    """Differential privacy of every holder's updates over the whole run.
-
-    Args:
-        epsilon: the target ε of all rounds and local steps together.
-        delta: δ; must be below 1/n of the unit at every holder.
-        unit: whose privacy is counted.
-        clip_norm: C, the L2 bound of one unit's gradient in one step.
-        noise_multiplier: σ, the noise's standard deviation over C; None until calibrated.
-        adversary: against whom ε holds.
-    """
-
-    kind: Literal["dp"] = "dp"
-    epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
-    unit: Unit
-    # Far above where float32 rounds a clipped norm to more than C.
-    clip_norm: float = Field(ge=1e-6)
-    noise_multiplier: float | None = Field(default=None, gt=0)
-    adversary: Literal["coordinator"] = "coordinator"
-
-    def event(self, sampling_rate: float, steps: int) -> SubsampledGaussian:
-        """The accountant's event of ``steps`` local steps."""
-        if self.noise_multiplier is None:
-            raise ConfigurationError(
-                "this plan is not calibrated: noise_multiplier is missing; build it with plan_for"
-            )
-        return SubsampledGaussian(sampling_rate, self.noise_multiplier, steps)
-
-    def calibrated(self, sampling_rate: float, steps: int) -> Privacy:
-        """The same target with the smallest noise multiplier that meets it."""
-        sigma = noise_multiplier(sampling_rate, steps, self.epsilon, self.delta)
-        return self.model_copy(update={"noise_multiplier": sigma})
-
-    def guarantee(self, epsilon: str = "") -> str:
-        """The guarantee in one sentence: unit, neighbouring relation, δ, adversary.
-
-        Args:
-            epsilon: what to write for ε; its value if left out.
-        """
-        figure = epsilon or f"{self.epsilon:g}"
-        return (
-            f"For each {self.unit} at each holder, everything that leaves the holder in this run "
-            f"is ({figure}, {self.delta:g})-differentially private under adding or "
-            f"removing that {self.unit}, against a {self.adversary} that sees every update and "
-            "against whoever gets the model."
-        )
-
-
-class NonPrivate(Frozen):
-    """No clipping, no noise, no guarantee."""
-
-    kind: Literal["none"] = "none"
-
-    def event(self, sampling_rate: float, steps: int) -> Unprotected:
-        """A release without a guarantee."""
-        del sampling_rate, steps
-        return Unprotected()
-
-    def calibrated(self, sampling_rate: float, steps: int) -> NonPrivate:
-        """Itself: there is nothing to calibrate."""
-        del sampling_rate, steps
-        return self
-
-    def guarantee(self) -> str:
-        """The absence of a guarantee, in one sentence."""
-        return (
-            "No differential privacy: updates leave the holders without clipping and noise, and "
-            "may reveal single records."
-        )
 
 
 class StrategyPlan(Frozen):
@@ -167,7 +70,7 @@ class StrategyPlan(Frozen):
     malicious: int = Field(default=0, ge=0)
 
 
-class TrainingPlan(Frozen):
+class TrainingPlan(PublicPlan):
     """A run, described completely.
 
     Args:
@@ -192,7 +95,10 @@ class TrainingPlan(Frozen):
         average_from: the released model is the mean of the round models from this fraction of
             the rounds on (Polyak averaging; post-processing, so free of charge); 1 for the last.
         evaluate_every: holders evaluate after every so many rounds, and always after the last;
-            0 for never. Evaluation stays on the holder unless its policy shares it.
+            0 for never.
+        evaluation: what of it leaves a holder, and at what price.
+        scaling: public shifts and scales of the task's inputs, the same at every holder; none
+            where the task's own encoding stands.
         round_deadline: seconds until a silent holder misses the round.
         max_update_norm: L2 bound on an update where no clipping bounds it already.
         seed: of the initial parameters and the choice of cohorts.
@@ -212,11 +118,15 @@ class TrainingPlan(Frozen):
     expected_batch_size: float = Field(gt=0)
     holder_size: int = Field(ge=1)
     weighting: Literal["equal", "size"] = "equal"
-    privacy: Annotated[Privacy | NonPrivate, Field(discriminator="kind")]
+    privacy: Annotated[Privacy | NonPrivate | CentralPrivacy, Field(discriminator="kind")]
     strategy: StrategyPlan = StrategyPlan()
     aggregation: Literal["plain"] = "plain"
     average_from: float = Field(default=1.0, ge=0, le=1)
     evaluate_every: int = Field(default=1, ge=0)
+    evaluation: Annotated[LocalEvaluation | HistogramEvaluation, Field(discriminator="kind")] = (
+        LocalEvaluation()
+    )
+    scaling: tuple[InputScaling, ...] = ()
     round_deadline: float = Field(default=600.0, gt=0)
     max_update_norm: float = Field(default=1e4, gt=0)
     seed: int = Field(default=0, ge=0)
@@ -232,24 +142,58 @@ class TrainingPlan(Frozen):
                 "expected_batch_size must be sampling_rate * holder_size = "
                 f"{self.sampling_rate * self.holder_size:g}, got {self.expected_batch_size:g}"
             )
+        if isinstance(self.privacy, CentralPrivacy):
+            self._check_central(self.privacy)
         return self
+
+    def _check_central(self, privacy: CentralPrivacy) -> None:
+        if self.weighting != "equal":
+            raise ValueError(
+                f"weighting must be 'equal' where holders are the unit, got {self.weighting!r}"
+            )
+        if privacy.mechanism == "banded" and self.cohort is not None:
+            raise ValueError(
+                "cohort must be left out with mechanism 'banded', which asks one holder in "
+                f"{privacy.bands} (bands) each round, got {self.cohort}"
+            )
+        if privacy.bands > self.rounds:
+            raise ValueError(
+                f"bands must be at most rounds={self.rounds}, or some holders are never asked, got "
+                f"{privacy.bands}"
+            )
 
     # -- privacy -----------------------------------------------------------------------------
 
     def calibrated(self) -> TrainingPlan:
         """The same plan with the noise that meets its target over all rounds and steps."""
-        steps = self.rounds * self.local_steps
         return self.model_copy(
-            update={"privacy": self.privacy.calibrated(self.sampling_rate, steps)}
+            update={
+                "privacy": self.privacy.calibrated(self),
+                "evaluation": self.evaluation.calibrated(self.evaluations),
+            }
         )
 
-    def round_event(self) -> SubsampledGaussian | Unprotected:
-        """What one holder releases in one round."""
+    def round_event(self) -> Event:
+        """What one holder releases in one round's update."""
         return self.privacy.event(self.sampling_rate, self.local_steps)
 
     def composition(self) -> Composition:
-        """What one holder releases in the whole run."""
-        return Composition.of(self.round_event()) * self.rounds
+        """What one holder releases in the whole run: updates and evaluations."""
+        updates = Composition.of(self.round_event()) * self.rounds
+        return updates + self.evaluation.composition(self.evaluations)
+
+    # -- evaluation --------------------------------------------------------------------------
+
+    def evaluates(self, number: int) -> bool:
+        """Whether holders evaluate after round ``number``."""
+        every = self.evaluate_every
+        return every > 0 and (number == self.rounds or number % every == 0)
+
+    @property
+    def evaluations(self) -> int:
+        """How often holders evaluate in the whole run."""
+        every = self.evaluate_every
+        return math.ceil(self.rounds / every) if every else 0
 
     def divisor(self, size_class: int) -> float:
         """B of a holder: public, from its declared size class where ``weighting`` is ``size``."""
@@ -270,8 +214,10 @@ class TrainingPlan(Frozen):
         """Whether a holder of that declared size fits the bound on updates that the plan sets."""
         return size_class <= LARGEST_SIZE_CLASS * self.holder_size
 
-    def largest_update_norm(self, dimension: int) -> float:
+    def largest_update_norm(self, dimension: int, clip_norm: float | None = None) -> float:
         """L2 norm that no honest update of ``dimension`` float32 parameters exceeds.
+
+        Where holders are the unit it is the clip norm, ``clip_norm`` if the request stated one.
 
         Under DP, one step moves SGD by at most lr/(1-m) · (Σ‖clipped‖ + ‖noise‖)/B. At most
         40 · ``holder_size`` units (the two limits above) add C each, and ‖N(0, I_d)‖ ≤ √d + t with
@@ -281,6 +227,8 @@ class TrainingPlan(Frozen):
         """
         if self.privacy.kind == "none":
             return self.max_update_norm
+        if self.privacy.kind == "central":
+            return (clip_norm or self.privacy.clip_norm) * CLIP_ROUNDING
         if self.optimizer == "adam":
             return self.local_steps * 3.2 * self.learning_rate * math.sqrt(dimension)
         sigma = self.privacy.noise_multiplier or 0.0
@@ -297,33 +245,16 @@ class TrainingPlan(Frozen):
         """
 
         def uncalibrated(plan: TrainingPlan) -> TrainingPlan:
-            if plan.privacy.kind == "none":
-                return plan
-            privacy = plan.privacy.model_copy(update={"noise_multiplier": None})
-            return plan.model_copy(update={"privacy": privacy})
+            parts = {
+                name: part.model_copy(update={"noise_multiplier": None})
+                for name, part in (("privacy", plan.privacy), ("evaluation", plan.evaluation))
+                if "noise_multiplier" in type(part).model_fields
+            }
+            return plan.model_copy(update=parts)
 
         return uncalibrated(self) == uncalibrated(other)
 
     # -- forms -------------------------------------------------------------------------------
-
-    @property
-    def digest(self) -> str:
-        """Sha256 of the canonical form; what ledgers and checkpoints refer to."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """Canonical JSON, as sent to holders."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    @lru_cache(maxsize=16)  # a run sends the same text with every request
-    def from_json(cls, text: str) -> TrainingPlan:
-        """Inverse of :meth:`to_json`; raises ConfigurationError."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigurationError(f"the plan is not JSON: {error}") from None
-        return validated(cls, values)
 
     def to_toml(self) -> str:
         """The plan as people read it."""

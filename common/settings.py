@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigurationError
-from common.plan import TrainingPlan, validated
-from common.tasks.base import Task
+from common.frozen import validated
+from common.plan import TrainingPlan
+from common.tasks.base import Task, no_histogram
+from common.tasks.scaling import check_scaling, read_scaling
 
 __all__ = ["DEFAULT_EPSILON", "SETTINGS", "plan_for"]
 
@@ -24,10 +28,14 @@ SETTINGS: Mapping[str, str] = {
     "learning_rate": "of the local optimizer",
     "optimizer": "sgd or adam",
     "momentum": "of local SGD",
-    "clip_norm": "L2 bound of one unit's gradient",
+    "clip_norm": "L2 bound of one unit's gradient, or of a holder's update",
     "epsilon": "privacy target of the whole run",
     "delta": "below 1/n of the unit",
     "no_dp": "train without differential privacy",
+    "unit": "whose privacy is counted: the task's own, or holder (then the coordinator is trusted)",
+    "clipping": "of holders' updates: fixed or adaptive",
+    "mechanism": "of the coordinator's noise: gaussian or banded",
+    "bands": "rounds after which a holder is asked again, with banded noise",
     "strategy": "how updates are combined",
     "server_learning_rate": "the coordinator's learning rate",
     "server_momentum": "of fedavgm",
@@ -37,7 +45,9 @@ SETTINGS: Mapping[str, str] = {
     "weighting": "equal or size",
     "holder_size": "public nominal number of units of one holder",
     "average_from": "fraction of rounds after which models are averaged",
-    "evaluate_every": "rounds between evaluations; 0 for never",
+    "evaluate": "when holders judge the model: never, every N, or final",
+    "evaluation_epsilon": "price of all evaluations; holders keep their figures if left out",
+    "scaling": "file of shifts and scales of the inputs, as 'sotto stats --scaling' writes it",
     "round_deadline": "seconds until a silent holder misses the round",
     "max_update_norm": "bound on updates of a plan without DP",
     "seed": "of the initial parameters and cohorts",
@@ -52,7 +62,9 @@ _STRATEGY_SETTINGS = {
     "trim": "trim",
     "malicious": "malicious",
 }
-_PRIVACY_SETTINGS = ("epsilon", "delta", "no_dp", "clip_norm")
+_CENTRAL_SETTINGS = ("clipping", "mechanism", "bands")
+_PRIVACY_SETTINGS = ("epsilon", "delta", "no_dp", "clip_norm", "unit", *_CENTRAL_SETTINGS)
+_EVERY = re.compile(r"every[ :=]([1-9][0-9]*)")
 
 
 def plan_for(
@@ -73,20 +85,14 @@ def plan_for(
     if given.get("no_dp") and "epsilon" in given:
         raise ConfigurationError("epsilon and no_dp contradict each other; give one of them")
     epsilon = None if given.get("no_dp") else float(given.get("epsilon", DEFAULT_EPSILON))
-    chosen = {**task.recommended(epsilon), **given}
+    chosen = {**_recommended(task, given, epsilon), **given}
     _refuse_unknown(chosen)
 
     holder_size = chosen.pop("holder_size", task.source.nominal_size(holders))
     rate = _sampling_rate(chosen.pop("batch_size", "full"), holder_size)
-    privacy: dict[str, Any] = {"kind": "none"}
-    if epsilon is not None:
-        privacy = {
-            "kind": "dp",
-            "epsilon": epsilon,
-            "delta": chosen.get("delta", task.source.delta),
-            "unit": task.unit,
-            "clip_norm": chosen.get("clip_norm", 1.0),
-        }
+    privacy = _privacy(chosen, task, epsilon, holders or task.source.own_holders)
+    evaluation = _evaluation(chosen, task)
+    scaling = _scaling(chosen)
     strategy = {
         field: chosen.pop(key) for key, field in _STRATEGY_SETTINGS.items() if key in chosen
     }
@@ -102,10 +108,92 @@ def plan_for(
             "expected_batch_size": rate * holder_size,
             "privacy": privacy,
             "strategy": strategy,
+            **evaluation,
+            **scaling,
             **rest,
         },
     )
+    check_scaling(plan.scaling, task)
     return plan.calibrated()
+
+
+def _recommended(
+    task: Task, given: Mapping[str, Any], epsilon: float | None
+) -> Mapping[str, object]:
+    """What the task recommends; where holders are the unit, their steps are without privacy."""
+    if given.get("unit") != "holder":
+        return task.recommended(epsilon)
+    settings = task.recommended(None)
+    # Of one unit's gradient; a whole update has another norm.
+    return {name: value for name, value in settings.items() if name != "clip_norm"}
+
+
+def _privacy(
+    chosen: Mapping[str, Any], task: Task, epsilon: float | None, population: int
+) -> dict[str, Any]:
+    """The plan's privacy, not yet calibrated."""
+    unit = chosen.get("unit", task.unit)
+    if unit not in (task.unit, "holder"):
+        raise ConfigurationError(
+            f"unit must be {task.unit!r}, which task {task.name!r} is counted by, or 'holder', "
+            f"got {unit!r}"
+        )
+    central = [name for name in _CENTRAL_SETTINGS if name in chosen]
+    if central and (unit != "holder" or epsilon is None):
+        raise ConfigurationError(
+            f"{', '.join(central)} is for noise that a trusted coordinator adds: give unit "
+            "'holder' and an epsilon, or leave it out"
+        )
+    if epsilon is None:
+        return {"kind": "none"}
+    common = {
+        "epsilon": epsilon,
+        "delta": chosen.get("delta", task.source.delta),
+        "unit": unit,
+        "clip_norm": chosen.get("clip_norm", 1.0),
+    }
+    if unit != "holder":
+        return {"kind": "dp", **common}
+    own = {name: chosen[name] for name in central}
+    return {"kind": "central", **common, "population": population, **own}
+
+
+def _evaluation(chosen: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The plan's fields about evaluation; takes the settings about it out of ``chosen``."""
+    fields: dict[str, Any] = {}
+    price = chosen.pop("evaluation_epsilon", None)
+    # Each evaluation that has a price makes the others noisier: one, unless more are asked for.
+    when = chosen.pop("evaluate", None if price is None else "final")
+    if when is not None:
+        fields["evaluate_every"] = _rounds_between(str(when), chosen)
+    if price is not None:
+        if not task.cells:
+            raise ConfigurationError(no_histogram(task))
+        fields["evaluation"] = {
+            "kind": "histogram",
+            "epsilon": price,
+            "delta": chosen.get("delta", task.source.delta),
+        }
+    return fields
+
+
+def _scaling(chosen: dict[str, Any]) -> dict[str, Any]:
+    """The plan's field about scaling; takes the setting, a file's name, out of ``chosen``."""
+    path = chosen.pop("scaling", None)
+    return {} if path is None else {"scaling": read_scaling(Path(str(path)))}
+
+
+def _rounds_between(when: str, chosen: Mapping[str, Any]) -> int:
+    """``evaluate`` as a number of rounds, 0 for never."""
+    if when == "never":
+        return 0
+    if when == "final":
+        return int(chosen.get("rounds", 1))
+    if found := _EVERY.fullmatch(when):
+        return int(found[1])
+    raise ConfigurationError(
+        f"evaluate must be 'never', 'every N' (N rounds) or 'final', got {when!r}"
+    )
 
 
 def _sampling_rate(batch_size: int | float | str, holder_size: int) -> float:

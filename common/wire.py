@@ -11,6 +11,7 @@ import io
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 
 from common.errors import ConfigurationError, Refusal, WireError
 from common.plan import TrainingPlan
+from common.statistics_plan import StatisticsPlan
 
 __all__ = [
     "ARRAYS",
@@ -28,10 +30,13 @@ __all__ = [
     "WEIGHT",
     "EvaluateReply",
     "RoundRequest",
+    "StatisticsReply",
+    "StatisticsRequest",
     "TrainReply",
     "Vector",
     "array_of",
     "error_message",
+    "integers_of",
     "refusal_error",
     "request_id",
     "vector_of",
@@ -39,9 +44,13 @@ __all__ = [
 
 Vector = npt.NDArray[np.float32]
 """Flat float32 vector, [D]."""
+Integers = npt.NDArray[np.int64]
+"""Flat int64 vector, [D]."""
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
-PARAMETERS, UPDATE, WEIGHT = "parameters", "update", "weight"
+PARAMETERS, UPDATE, WEIGHT, WITHIN = "parameters", "update", "weight", "within"
+CLIP_NORM = "clip-norm"
+SUMS, HISTOGRAM = "sums", "histogram"
 NUMPY = "numpy.ndarray"
 
 REFUSED = 1000
@@ -50,7 +59,7 @@ FAILED = 1001
 """Flower error code of a failure on the holder; its reason is an exception's type name."""
 
 
-def array_of(vector: Vector) -> Array:
+def array_of(vector: Vector | Integers) -> Array:
     """A Flower Array of a flat vector, with one copy instead of ``np.save``'s three."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(vector))
@@ -68,6 +77,26 @@ def vector_of(array: Array, *, what: str) -> Vector:
     Raises:
         WireError: not a finite, flat float32 vector.
     """
+    vector: Vector = _elements(array, np.dtype(np.float32), what)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One pass without a temporary; only where it overflows is every number looked at.
+        suspicious = not np.isfinite(np.dot(vector, vector))
+    if suspicious and not np.isfinite(vector).all():
+        raise WireError(f"{what}: holds NaN or infinite values")
+    return vector
+
+
+def integers_of(array: Array, *, what: str) -> Integers:
+    """The flat int64 vector in a Flower Array, as :func:`vector_of` reads numbers.
+
+    Raises:
+        WireError: not a flat int64 vector.
+    """
+    return _elements(array, np.dtype(np.int64), what)
+
+
+def _elements(array: Array, wanted: np.dtype[Any], what: str) -> npt.NDArray[Any]:
+    """The elements of a flat array of one type, in the memory of the array."""
     if array.stype != NUMPY:
         raise WireError(f"{what}: serialization {array.stype!r}, expected {NUMPY!r}")
     head = io.BytesIO(array.data[:1024])
@@ -78,20 +107,14 @@ def vector_of(array: Array, *, what: str) -> Vector:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
     except ValueError as error:
         raise WireError(f"{what}: not an npy array ({error})") from None
-    if dtype != np.float32 or len(shape) != 1 or fortran:
-        raise WireError(f"{what}: {dtype}{list(shape)}, expected a flat float32 vector")
-    if len(array.data) - head.tell() != 4 * shape[0]:
+    if dtype != wanted or len(shape) != 1 or fortran:
+        raise WireError(f"{what}: {dtype}{list(shape)}, expected a flat {wanted} vector")
+    if len(array.data) - head.tell() != wanted.itemsize * shape[0]:
         raise WireError(
-            f"{what}: {len(array.data) - head.tell()} bytes, expected {4 * shape[0]} "
-            f"for {shape[0]} numbers"
+            f"{what}: {len(array.data) - head.tell()} bytes, expected "
+            f"{wanted.itemsize * shape[0]} for {shape[0]} numbers"
         )
-    vector: Vector = np.frombuffer(array.data, dtype=np.float32, offset=head.tell())
-    with np.errstate(over="ignore", invalid="ignore"):
-        # One pass without a temporary; only where it overflows is every number looked at.
-        suspicious = not np.isfinite(np.dot(vector, vector))
-    if suspicious and not np.isfinite(vector).all():
-        raise WireError(f"{what}: holds NaN or infinite values")
-    return vector
+    return np.frombuffer(array.data, dtype=wanted, offset=head.tell())
 
 
 def request_id(run_id: str, number: int) -> str:
@@ -108,12 +131,14 @@ class RoundRequest:
         round: 1-based.
         plan: the whole, public plan.
         parameters: of the shared part, [D] float32.
+        clip_norm: L2 bound of the whole update in this round, where holders are the unit.
     """
 
     run_id: str
     round: int
     plan: TrainingPlan
     parameters: Vector
+    clip_norm: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -126,8 +151,9 @@ class RoundRequest:
 
     def config(self) -> ConfigRecord:
         """Everything else."""
+        clip = {} if self.clip_norm is None else {CLIP_NORM: self.clip_norm}
         return ConfigRecord(
-            {"run-id": self.run_id, "server-round": self.round, "plan": self.plan.to_json()}
+            {"run-id": self.run_id, "server-round": self.round, "plan": self.plan.to_json(), **clip}
         )
 
     def records(self) -> RecordDict:
@@ -155,7 +181,20 @@ class RoundRequest:
             raise WireError(f"the request's plan is not valid: {error}") from None
         if not 1 <= number <= parsed.rounds:
             raise WireError(f"server-round must be in 1..{parsed.rounds}, got {number}")
-        return cls(run_id, number, parsed, vector_of(arrays, what="parameters"))
+        clip_norm = _clip_norm(config, parsed)
+        return cls(run_id, number, parsed, vector_of(arrays, what="parameters"), clip_norm)
+
+
+def _clip_norm(config: ConfigRecord, plan: TrainingPlan) -> float | None:
+    """The bound that a request states, which only plans with holders as the unit have."""
+    value = config.get(CLIP_NORM)
+    if value is None:
+        return None
+    if plan.privacy.kind != "central":
+        raise WireError(f"{CLIP_NORM} is for plans whose unit is the holder, got {value!r}")
+    if not isinstance(value, float) or not 0 < value < math.inf:
+        raise WireError(f"{CLIP_NORM} must be a positive number, got {value!r}")
+    return value
 
 
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")  # it names a folder on the holder: no dots
@@ -169,23 +208,35 @@ class TrainReply:
         update: new − old shared parameters, [D] float32.
         weight: the holder's public aggregation weight. A Grid that sums gives the weighted mean of
             several updates, and the sum of their weights.
+        within: where holders are the unit, of how many of them the update needed no clipping;
+            None elsewhere.
     """
 
     update: Vector
     weight: float
+    within: int | None = None
 
     def records(self) -> RecordDict:
         """The content of the reply."""
         return RecordDict(
             {
                 ARRAYS: ArrayRecord({UPDATE: array_of(self.update)}),
-                METRICS: MetricRecord({WEIGHT: float(self.weight)}),
+                METRICS: MetricRecord({WEIGHT: float(self.weight), **self._within()}),
             }
         )
 
+    def _within(self) -> dict[str, int]:
+        return {} if self.within is None else {WITHIN: self.within}
+
     @classmethod
     def of(
-        cls, content: RecordDict, plan: TrainingPlan, dimension: int, *, holders: int = 1
+        cls,
+        content: RecordDict,
+        plan: TrainingPlan,
+        dimension: int,
+        *,
+        holders: int = 1,
+        clip_norm: float | None = None,
     ) -> TrainReply:
         """Read and validate a reply: shape, dtype, finite, norm ≤ what the plan allows.
 
@@ -194,6 +245,7 @@ class TrainReply:
             plan: of the run.
             dimension: of the shared parameters.
             holders: how many it speaks for.
+            clip_norm: that the request stated, if it did.
 
         Raises:
             WireError: says what is wrong with it.
@@ -201,7 +253,7 @@ class TrainReply:
         update = vector_of(_only_array(content, UPDATE), what="update")
         if len(update) != dimension:
             raise WireError(f"update: {len(update)} parameters, the model has {dimension}")
-        norm, bound = _norm(update), plan.largest_update_norm(dimension)
+        norm, bound = _norm(update), plan.largest_update_norm(dimension, clip_norm)
         if not norm <= bound:
             raise WireError(f"update: norm {norm:.3g} is above {bound:.3g}, the plan's bound")
         metrics = content.get(METRICS)
@@ -209,7 +261,11 @@ class TrainReply:
         largest = holders * plan.largest_weight
         if not isinstance(weight, float) or not 0 < weight <= largest:
             raise WireError(f"weight: {weight!r}, expected one in (0, {largest:g}]")
-        return cls(update, weight)
+        if clip_norm is None:
+            return cls(update, weight)
+        if weight != holders:  # bits are centred by it: a holder of less than 1 would count more
+            raise WireError(f"weight: {weight!r}, expected {holders:g}, as holders weigh the same")
+        return cls(update, weight, _count_within(metrics, holders))
 
     def parameters(self, old: Vector) -> RecordDict:
         """The reply in the form that Flower's strategies average: new parameters, not updates."""
@@ -221,27 +277,62 @@ class TrainReply:
         )
 
 
+def _count_within(metrics: object, holders: int) -> int:
+    count = metrics.get(WITHIN) if isinstance(metrics, MetricRecord) else None
+    if not isinstance(count, int) or not 0 <= count <= holders:
+        raise WireError(f"{WITHIN}: {count!r}, expected a whole number in 0..{holders}")
+    return count
+
+
 @dataclass(frozen=True)
 class EvaluateReply:
-    """What a holder says of the model: nothing, unless its policy shares exact metrics.
+    """What a holder says of the model: a noised histogram where the plan pays for one, or nothing.
 
     Args:
-        metrics: name → value; NaN where undefined. Empty unless shared.
+        metrics: name → value; NaN where undefined. Empty unless the holder's policy says that its
+            data are public.
+        histogram: [cells] int64, how many held-out units are in each cell, with noise.
     """
 
     metrics: dict[str, float]
+    histogram: Integers | None = None
 
     def records(self) -> RecordDict:
         """The content of the reply."""
-        return RecordDict({METRICS: MetricRecord({WEIGHT: 1.0, **self.metrics})})
+        records = RecordDict({METRICS: MetricRecord({WEIGHT: 1.0, **self.metrics})})
+        if self.histogram is not None:
+            records[ARRAYS] = ArrayRecord({HISTOGRAM: array_of(self.histogram)})
+        return records
 
     @classmethod
-    def of(cls, content: RecordDict) -> EvaluateReply:
+    def of(cls, content: RecordDict, *, cells: int = 0, largest: int = 0) -> EvaluateReply:
         """Read and validate a reply; a value that is not finite counts as undefined.
+
+        Args:
+            content: of the reply.
+            cells: of the histogram that the plan asks for; 0 where it asks for none.
+            largest: no honest count is beyond this, above or below 0.
 
         Raises:
             WireError: says what is wrong with it.
         """
+        return cls(cls._metrics(content), cls._histogram(content, cells, largest))
+
+    @staticmethod
+    def _histogram(content: RecordDict, cells: int, largest: int) -> Integers | None:
+        if not cells:
+            if ARRAYS in content:
+                raise WireError("the evaluation has an array, and the plan asks for none")
+            return None
+        counts = integers_of(_only_array(content, HISTOGRAM), what="histogram")
+        if len(counts) != cells:
+            raise WireError(f"histogram: {len(counts)} counts, the task has {cells} cells")
+        if not -largest <= counts.min() <= counts.max() <= largest:
+            raise WireError(f"histogram: a count is beyond ±{largest}, which no honest one reaches")
+        return counts
+
+    @staticmethod
+    def _metrics(content: RecordDict) -> dict[str, float]:
         record = content.get(METRICS)
         if not isinstance(record, MetricRecord) or len(record) > 100:
             raise WireError("the evaluation has no (or an oversized) metrics record")
@@ -250,15 +341,98 @@ class EvaluateReply:
                 raise WireError(
                     f"metric {name[:50]!r}: expected 1-50 letters, digits, '@', '.', '_' or '-'"
                 )
-        metrics = {
+        return {
             name: float(value) if math.isfinite(value) else math.nan
             for name, value in record.items()
             if name != WEIGHT and isinstance(value, int | float)
         }
-        return cls(metrics)
 
 
 _METRIC_NAME = re.compile(r"[A-Za-z0-9@._-]{1,50}")  # it is shown: nothing a terminal acts on
+
+
+@dataclass(frozen=True)
+class StatisticsRequest:
+    """What the coordinator asks of a holder about its rows: once in a run of its own.
+
+    Args:
+        run_id: names the exchange.
+        plan: the whole, public plan.
+    """
+
+    round: ClassVar[int] = 1
+
+    run_id: str
+    plan: StatisticsPlan
+
+    @property
+    def request_id(self) -> str:
+        """Names this request in the holder's ledger; asked again, it is the same request.
+
+        No training run has such a name: there are no dots in a run's.
+        """
+        return request_id(f"{self.run_id}.statistics", self.round)
+
+    def records(self) -> RecordDict:
+        """The content of the message."""
+        config = ConfigRecord({"run-id": self.run_id, "statistics-plan": self.plan.to_json()})
+        return RecordDict({CONFIG: config})
+
+    @classmethod
+    def of(cls, message: Message) -> StatisticsRequest:
+        """Read a message.
+
+        Raises:
+            WireError: a record is missing or is not what it should be.
+        """
+        config = message.content.get(CONFIG)
+        if not isinstance(config, ConfigRecord):
+            raise WireError(f"the request has no {CONFIG!r} record")
+        run_id, plan = config.get("run-id"), config.get("statistics-plan")
+        if not (isinstance(run_id, str) and isinstance(plan, str)):
+            raise WireError("the request needs run-id (str) and statistics-plan (str)")
+        if not _RUN_ID.fullmatch(run_id):
+            raise WireError("run-id must be 1-100 letters, digits, '-' or '_'")
+        try:
+            return cls(run_id, StatisticsPlan.from_json(plan))
+        except ConfigurationError as error:
+            raise WireError(f"the request's plan is not valid: {error}") from None
+
+
+@dataclass(frozen=True)
+class StatisticsReply:
+    """A holder's noised sums.
+
+    Args:
+        sums: [D] int64; see :class:`common.privacy.statistics.Layout`.
+    """
+
+    LARGEST: ClassVar[int] = 2**53
+
+    sums: Integers
+
+    def records(self) -> RecordDict:
+        """The content of the reply."""
+        return RecordDict({ARRAYS: ArrayRecord({SUMS: array_of(self.sums)})})
+
+    @classmethod
+    def of(cls, content: RecordDict, dimension: int) -> StatisticsReply:
+        """Read and validate a reply.
+
+        Args:
+            content: of the reply.
+            dimension: of the plan's layout.
+
+        Raises:
+            WireError: says what is wrong with it.
+        """
+        sums = integers_of(_only_array(content, SUMS), what="sums")
+        if len(sums) != dimension:
+            raise WireError(f"sums: {len(sums)} numbers, the plan's answer has {dimension}")
+        # abs() of the least int64 is itself.
+        if len(sums) and not -cls.LARGEST <= sums.min() <= sums.max() <= cls.LARGEST:
+            raise WireError(f"sums: a number is beyond ±{cls.LARGEST}, which no honest sum reaches")
+        return cls(sums)
 
 
 def refusal_error(refusal: Refusal) -> Error:

@@ -108,6 +108,12 @@ def build_strategy(plan: TrainingPlan) -> Strategy:
         raise ConfigurationError(
             f"there is no strategy {settings.name!r}; there are {', '.join(STRATEGIES)}"
         )
+    if plan.privacy.kind == "central" and not kind.linear:
+        linear = ", ".join(name for name, other in STRATEGIES.items() if other.linear)
+        raise ConfigurationError(
+            f"strategy {settings.name!r} looks at single updates, and where holders are the unit "
+            f"only their noised sum is to be seen; use one of {linear}"
+        )
     fewest = kind.fewest(settings)
     if plan.min_holders < fewest:
         raise ConfigurationError(

@@ -18,6 +18,7 @@ from common.tasks import load
 from common.tasks.base import Task
 from common.tasks.parameters import initial_parameters
 from server.aggregation import build_strategy
+from server.central import Combination, combination_of
 from server.checkpoints import Checkpoints, RunState
 from server.rounds import RoundSummary, evaluate, rounds, wait_for_quorum
 from server.runs import RunFolder, RunResult
@@ -35,6 +36,7 @@ def federate(
     task: Task,
     folder: RunFolder | None = None,
     on_round: OnRound = lambda _: None,
+    combination: Combination | None = None,
 ) -> RunResult:
     """Run a plan to its end, from where its folder stands.
 
@@ -44,6 +46,7 @@ def federate(
         task: of the plan.
         folder: checkpoints and figures; None keeps nothing (simulations in memory).
         on_round: called with every round's summary, once it is durable.
+        combination: of a round's replies; the plan's, unpredictable, if left out.
 
     Raises:
         RunError: a round without a quorum; the folder holds the rounds before it.
@@ -57,8 +60,8 @@ def federate(
 
     def conclude(state: RunState, summary: RoundSummary) -> None:
         """Evaluate where due, and note the round down; the round itself is durable already."""
-        if _is_due(plan, state.round):
-            summary = evaluate(grid, plan, state, summary)
+        if plan.evaluates(state.round):
+            summary = evaluate(grid, plan, task, state, summary)
         if folder is not None:
             folder.note(summary)
         history.append(summary)
@@ -67,19 +70,13 @@ def federate(
     if state.round > 0 and (not history or history[-1].round < state.round):
         # A crash came between the checkpoint and the line about it.
         conclude(state, RoundSummary(state.round, (), {}, 0.0))
-    for state, summary in rounds(grid, plan, strategy, state):  # noqa: B020
+    for state, summary in rounds(grid, plan, strategy, state, combination):  # noqa: B020
         if folder is not None:
             Checkpoints(folder.path).save(state, plan)
         conclude(state, summary)
     if folder is not None:
         folder.finish(plan, task, state.released)
     return RunResult(state.run_id, plan, state.released, history)
-
-
-def _is_due(plan: TrainingPlan, number: int) -> bool:
-    """Whether holders evaluate after round ``number``."""
-    every = plan.evaluate_every
-    return every > 0 and (number == plan.rounds or number % every == 0)
 
 
 # -- Flower's ServerApp ---------------------------------------------------------------------------
@@ -89,6 +86,7 @@ def build_app(
     prepare: Callable[[Context], tuple[TrainingPlan, Task, RunFolder | None]],
     on_round: OnRound,
     on_end: Callable[[RunResult], None],
+    combine: Callable[[TrainingPlan], Combination] = combination_of,
 ) -> ServerApp:
     """A ServerApp around :func:`federate`.
 
@@ -96,6 +94,7 @@ def build_app(
         prepare: the plan, task and folder of a run, from Flower's context.
         on_round: see :func:`federate`.
         on_end: called with the result.
+        combine: makes a plan's combination of replies.
     """
     server = ServerApp()
 
@@ -104,7 +103,7 @@ def build_app(
         quiet_flower()
         plan, task, folder = prepare(context)
         _require_holders(grid, plan)
-        on_end(federate(grid, plan, task, folder, on_round))
+        on_end(federate(grid, plan, task, folder, on_round, combine(plan)))
 
     return server
 

@@ -33,6 +33,9 @@ __all__ = ["Holder", "LinkGrid"]
 _log = logging.getLogger("sotto.link")
 _T = TypeVar("_T")
 
+PATIENCE = 40.0
+"""Seconds; holders try to connect at least every 30 s (``client.node.Backoff``)."""
+
 
 class LinkGrid(BaseGrid):
     """Asks holders that joined over gRPC.
@@ -152,6 +155,11 @@ class LinkGrid(BaseGrid):
     def away(self) -> list[str]:
         """Names of holders that have joined this Grid and are not connected now."""
         return sorted(self._names[node] for node in set(self._names) - set(self._holders))
+
+    @property
+    def patience(self) -> float:
+        """Longer than a holder waits between two attempts to connect."""
+        return PATIENCE
 
     @property
     def holders(self) -> list[Holder]:

@@ -15,16 +15,20 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common.errors import RunError, WireError
+from common.errors import ConfigurationError, RunError, WireError
 from common.flower import BaseGrid
+from common.guarantees import CentralPrivacy
 from common.plan import TrainingPlan
-from common.tasks.base import derived_seed
+from common.tasks.base import Task, derived_seed
+from common.tasks.histograms import Estimate
 from common.wire import (
     EvaluateReply,
     RoundRequest,
@@ -34,9 +38,21 @@ from common.wire import (
     vector_of,
 )
 from server.aggregation import restore, snapshot
+from server.central import Combination, combination_of
 from server.checkpoints import RunState
+from server.evaluation import estimates, expected_of
 
-__all__ = ["RoundSummary", "cohort_of", "evaluate", "result_of", "rounds", "wait_for_quorum"]
+__all__ = [
+    "Answer",
+    "RoundSummary",
+    "cohort_of",
+    "evaluate",
+    "exchange",
+    "holder_name",
+    "result_of",
+    "rounds",
+    "wait_for_quorum",
+]
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class RoundSummary:
             failed, or sent what cannot count.
         seconds: wall time.
         metrics: name of holder → metrics, of holders that share them; after evaluation.
+        evaluation: metrics of the held-out units of all holders together, with error bars, from
+            their noised histograms; after an evaluation that has a price.
     """
 
     round: int
@@ -57,6 +75,7 @@ class RoundSummary:
     missed: Mapping[str, str]
     seconds: float
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    evaluation: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 class _Cohort(BaseGrid):
@@ -74,7 +93,7 @@ class _Cohort(BaseGrid):
         return self._away
 
     def holder_name(self, node_id: int) -> str:
-        return _name(self._grid, node_id)
+        return holder_name(self._grid, node_id)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -83,50 +102,72 @@ class _Cohort(BaseGrid):
 
 
 def rounds(
-    grid: Grid, plan: TrainingPlan, strategy: Strategy, state: RunState
+    grid: Grid,
+    plan: TrainingPlan,
+    strategy: Strategy,
+    state: RunState,
+    combination: Combination | None = None,
 ) -> Iterator[tuple[RunState, RoundSummary]]:
     """Train from ``state`` to the end of the plan, yielding the state after every round.
 
+    Args:
+        grid: reaches the holders.
+        plan: calibrated.
+        strategy: of the plan.
+        state: to go on from.
+        combination: of a round's replies; the plan's, unpredictable, if left out.
+
     Raises:
-        RunError: fewer than ``plan.min_holders`` updates were accepted in a round.
+        RunError: too few updates were accepted in a round.
+        ConfigurationError: holders are asked in turn, and the Grid does not know them apart.
     """
+    _require_names(grid, plan)
     restore(plan.strategy.name, strategy, state.strategy)
+    combination = combination or combination_of(plan)
     while state.round < plan.rounds:
-        state, summary = next_round(grid, plan, strategy, state)
+        state, summary = next_round(grid, plan, strategy, state, combination)
         yield state, summary
 
 
 def next_round(
-    grid: Grid, plan: TrainingPlan, strategy: Strategy, state: RunState
+    grid: Grid,
+    plan: TrainingPlan,
+    strategy: Strategy,
+    state: RunState,
+    combination: Combination | None = None,
 ) -> tuple[RunState, RoundSummary]:
-    """One round: ask, validate, aggregate."""
+    """One round: ask, validate, combine, aggregate; see :func:`rounds`."""
+    combination = combination or combination_of(plan)
     wait_for_quorum(grid, plan)  # a holder that restarts between two rounds is waited for
     begin, number = time.perf_counter(), state.round + 1
-    request = RoundRequest(state.run_id, number, plan, state.parameters)
-    cohort = _Cohort(grid, _choose(grid, plan, number))
+    clip_norm = combination.clip_norm(state.strategy)
+    request = RoundRequest(state.run_id, number, plan, state.parameters, clip_norm)
+    present = sorted(grid.get_node_ids())
+    chosen = combination.cohort(present, partial(holder_name, grid), number)
+    cohort = cohort_of(present, plan, number) if chosen is None else chosen
 
-    asked = strategy.configure_train(number, request.arrays(), request.config(), cohort)
-    answers, missed = _exchange(grid, asked, plan)
-    missed |= dict.fromkeys(cohort.away(), "away when the round began")
-    accepted, rejected = _validate(answers, plan, state.parameters)
-    missed |= _named(grid, rejected)
-    names = tuple(_name(grid, node) for node in sorted(_nodes(accepted)))
-    _require_quorum(plan, number, names, missed)
+    accepted, missed = _ask(grid, strategy, request, cohort, combination.fewest)
+    nodes = sorted(node for answer, _ in accepted for node in answer.nodes)
+    names = tuple(holder_name(grid, node) for node in nodes)
+    _require_quorum(combination.fewest, number, names, missed)
 
-    arrays, _ = strategy.aggregate_train(number, [answer.reply for answer in accepted])
+    replies = [reply for _, reply in accepted]
+    seen, memory = combination.combined(number, replies, state.strategy, len(state.parameters))
+    messages = [Message(reply.parameters(state.parameters), 1, MessageType.TRAIN) for reply in seen]
+    arrays, _ = strategy.aggregate_train(number, messages)
     parameters = result_of(arrays, state.parameters)
     state = state.advanced(
         parameters,
-        snapshot(plan.strategy.name, strategy),
+        {**snapshot(plan.strategy.name, strategy), **memory},
         average=number > plan.average_from * plan.rounds,
     )
     return state, RoundSummary(number, names, missed, time.perf_counter() - begin)
 
 
 def evaluate(
-    grid: Grid, plan: TrainingPlan, state: RunState, summary: RoundSummary
+    grid: Grid, plan: TrainingPlan, task: Task, state: RunState, summary: RoundSummary
 ) -> RoundSummary:
-    """Send the model for evaluation; holders keep their figures unless their policy shares them.
+    """Send the model for evaluation: holders keep their figures, or send noised histograms.
 
     A plan with a cohort has as many holders evaluate, drawn anew: a hundred thousand need not look
     at every model.
@@ -137,19 +178,48 @@ def evaluate(
         Message(content, node, MessageType.EVALUATE)
         for node in _choose(grid, plan, state.round, "evaluation")
     ]
-    answers, missed = _exchange(grid, asked, plan)
-    metrics: dict[str, Mapping[str, float]] = {}
+    answers, missed = exchange(grid, asked, plan.round_deadline)
+    replies: dict[str, EvaluateReply] = {}
+    expected = expected_of(plan, task)
     for answer in answers:
-        name = _name(grid, answer.nodes[0])
+        name = holder_name(grid, answer.nodes[0])
         try:
-            metrics[name] = EvaluateReply.of(answer.reply.content).metrics
+            replies[name] = EvaluateReply.of(answer.reply.content, **expected)
         except WireError as error:
             missed[name] = f"evaluation rejected: {error}"
-    shared = {name: figures for name, figures in metrics.items() if figures}
-    return replace(summary, metrics=shared, missed={**missed, **summary.missed})
+    return replace(
+        summary,
+        metrics={name: reply.metrics for name, reply in replies.items() if reply.metrics},
+        evaluation=estimates(plan, task, replies.values()),
+        missed={**missed, **summary.missed},
+    )
 
 
-def wait_for_quorum(grid: Grid, plan: TrainingPlan, poll: float = 0.05) -> int:
+def _require_names(grid: Grid, plan: TrainingPlan) -> None:
+    """Turns go by name: a holder that came back as another node could take two of them."""
+    privacy = plan.privacy
+    if (
+        isinstance(privacy, CentralPrivacy)
+        and privacy.mechanism == "banded"
+        and not isinstance(grid, BaseGrid)
+    ):
+        raise ConfigurationError(
+            "mechanism 'banded' asks holders in turn, and Flower's own runtime does not say which "
+            "node is which holder; use 'sotto serve' or 'sotto simulate', or mechanism 'gaussian'"
+        )
+
+
+class _Quorum(Protocol):
+    """A plan, as far as waiting for holders goes."""
+
+    @property
+    def min_holders(self) -> int: ...
+
+    @property
+    def round_deadline(self) -> float: ...
+
+
+def wait_for_quorum(grid: Grid, plan: _Quorum, poll: float = 0.05) -> int:
     """Wait until ``plan.min_holders`` are there, for ``plan.round_deadline`` seconds at most.
 
     Returns:
@@ -167,7 +237,7 @@ def wait_for_quorum(grid: Grid, plan: TrainingPlan, poll: float = 0.05) -> int:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
     """A reply, and whose it is.
 
     Args:
@@ -177,6 +247,71 @@ class _Answer:
 
     nodes: tuple[int, ...]
     reply: Message
+
+
+def _ask(
+    grid: Grid, strategy: Strategy, request: RoundRequest, cohort: Sequence[int], fewest: int
+) -> tuple[list[tuple[Answer, TrainReply]], dict[str, str]]:
+    """Ask a cohort; and where too few of it count, whoever else is there or comes.
+
+    So a holder that declines does not hold up those who would not.
+
+    Args:
+        grid: reaches the holders.
+        strategy: whose requests they are.
+        request: of the round.
+        cohort: whom to ask first.
+        fewest: updates that the round needs.
+
+    Returns:
+        Answers that count, by ascending node, and name → reason of holders without one.
+    """
+    deadline = time.monotonic() + request.plan.round_deadline
+    asked: set[int] = set()
+    accepted: list[tuple[Answer, TrainReply]] = []
+    missed = dict.fromkeys(_Cohort(grid, []).away(), "away when the round began")
+    nodes = list(cohort)
+    while True:
+        asked.update(nodes)
+        messages = _requests(strategy, request, _Cohort(grid, nodes))
+        answers, silent = exchange(grid, messages, max(0.0, deadline - time.monotonic()))
+        counted, rejected = _validate(answers, request)
+        accepted += counted
+        missed |= silent | _named(grid, rejected)
+        lacking = fewest - sum(len(answer.nodes) for answer, _ in accepted)
+        # As many as are lacking: a hundred thousand need not be asked because one declined.
+        nodes = _others(grid, asked, deadline)[:lacking] if lacking > 0 else []
+        if not nodes:
+            break
+    names = {holder_name(grid, node) for answer, _ in accepted for node in answer.nodes}
+    missed = {name: why for name, why in missed.items() if name not in names}
+    return sorted(accepted, key=lambda pair: pair[0].nodes), missed
+
+
+def _others(grid: Grid, asked: set[int], deadline: float, poll: float = 0.05) -> list[int]:
+    """Holders that were not asked, waiting for one to come as long as that may be."""
+    patience = grid.patience if isinstance(grid, BaseGrid) else 0.0
+    deadline = min(deadline, time.monotonic() + patience)
+    while not (others := sorted(set(grid.get_node_ids()) - asked)):
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(poll)
+    return others
+
+
+NOBODY = 1
+"""A node id that no holder has: Flower's own, of the coordinator."""
+
+
+def _requests(strategy: Strategy, request: RoundRequest, cohort: _Cohort) -> list[Message]:
+    """The strategy's requests to a cohort; a cohort drawn by coins may be empty.
+
+    A strategy waits until there is somebody to ask, and it must see every round all the same, as
+    it takes down the parameters that the round begins with.
+    """
+    shown = cohort if cohort.get_node_ids() else _Cohort(cohort, [NOBODY])
+    asked = strategy.configure_train(request.round, request.arrays(), request.config(), shown)
+    return [message for message in asked if message.metadata.dst_node_id != NOBODY]
 
 
 def _choose(grid: Grid, plan: TrainingPlan, number: int, purpose: str = "cohort") -> list[int]:
@@ -201,45 +336,57 @@ def cohort_of(
     return sorted(chance.sample(present, plan.cohort))
 
 
-def _exchange(
-    grid: Grid, messages: Iterable[Message], plan: TrainingPlan
-) -> tuple[list[_Answer], dict[str, str]]:
-    """Send, wait, and sort replies by holder: float sums then come out the same every time."""
+def exchange(
+    grid: Grid, messages: Iterable[Message], deadline: float
+) -> tuple[list[Answer], dict[str, str]]:
+    """Send, wait, and sort replies by holder: float sums then come out the same every time.
+
+    Args:
+        grid: reaches the holders.
+        messages: one for each holder that is asked.
+        deadline: seconds until a silent holder misses it.
+
+    Returns:
+        The answers, and name → reason of the holders without one.
+    """
     asked = sorted(messages, key=lambda message: message.metadata.dst_node_id)
     nodes = [message.metadata.dst_node_id for message in asked]
-    replies = list(grid.send_and_receive(asked, timeout=plan.round_deadline))
+    replies = list(grid.send_and_receive(asked, timeout=deadline))
     # Flower's own error replies carry the coordinator's node id as source, so match by request.
     asked_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked}
-    answered: dict[int, _Answer] = {}
+    answered: dict[int, Answer] = {}
     missed: dict[int, str] = {}
     for reply in replies:
         node = asked_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
         if reply.has_error():
             missed[node] = error_message(reply.error)
         else:
-            answered[node] = _Answer(_spoken_for(grid, reply, node), reply)
+            answered[node] = Answer(_spoken_for(grid, reply, node), reply)
     answers = [answered[node] for node in sorted(answered)]
     silent = set(nodes) - _nodes(answers) - missed.keys()
-    missed |= dict.fromkeys(silent, f"no reply within {plan.round_deadline:g} s")
+    missed |= dict.fromkeys(silent, f"no reply within {deadline:.3g} s")
     return answers, _named(grid, missed)
 
 
 def _validate(
-    answers: Sequence[_Answer], plan: TrainingPlan, parameters: Vector
-) -> tuple[list[_Answer], dict[int, str]]:
-    """Answers that a strategy may see, holding new parameters; and why the others may not."""
-    accepted: list[_Answer] = []
+    answers: Sequence[Answer], request: RoundRequest
+) -> tuple[list[tuple[Answer, TrainReply]], dict[int, str]]:
+    """Answers that count, each as what it says; and why the others do not."""
+    accepted: list[tuple[Answer, TrainReply]] = []
     rejected: dict[int, str] = {}
     for answer in answers:
         try:
-            checked = TrainReply.of(
-                answer.reply.content, plan, len(parameters), holders=len(answer.nodes)
+            reply = TrainReply.of(
+                answer.reply.content,
+                request.plan,
+                len(request.parameters),
+                holders=len(answer.nodes),
+                clip_norm=request.clip_norm,
             )
         except WireError as error:
             rejected |= dict.fromkeys(answer.nodes, f"reply rejected: {error}")
             continue
-        answer.reply.content = checked.parameters(parameters)
-        accepted.append(answer)
+        accepted.append((answer, reply))
     return accepted, rejected
 
 
@@ -250,22 +397,22 @@ def _spoken_for(grid: Grid, reply: Message, node: int) -> tuple[int, ...]:
     return (node,)
 
 
-def _nodes(answers: Iterable[_Answer]) -> set[int]:
+def _nodes(answers: Iterable[Answer]) -> set[int]:
     return {node for answer in answers for node in answer.nodes}
 
 
 def _named(grid: Grid, reasons: Mapping[int, str]) -> dict[str, str]:
-    return {_name(grid, node): why for node, why in sorted(reasons.items())}
+    return {holder_name(grid, node): why for node, why in sorted(reasons.items())}
 
 
 def _require_quorum(
-    plan: TrainingPlan, number: int, accepted: Sequence[str], missed: Mapping[str, str]
+    fewest: int, number: int, accepted: Sequence[str], missed: Mapping[str, str]
 ) -> None:
-    if len(accepted) >= plan.min_holders:
+    if len(accepted) >= fewest:
         return
     reasons = "; ".join(f"{name}: {why}" for name, why in sorted(missed.items())) or "nobody asked"
     raise RunError(
-        f"round {number}: {len(accepted)} of at least {plan.min_holders} updates were accepted "
+        f"round {number}: {len(accepted)} of at least {fewest} updates were accepted "
         f"({reasons}). The model of round {number - 1} is kept; start again with the same state "
         "folder to go on"
     )
@@ -281,5 +428,6 @@ def result_of(arrays: ArrayRecord | None, old: Vector) -> Vector:
     return np.asarray(array.numpy(), dtype=np.float32)
 
 
-def _name(grid: Grid, node_id: int) -> str:
+def holder_name(grid: Grid, node_id: int) -> str:
+    """The holder's name where the Grid knows names."""
     return grid.holder_name(node_id) if isinstance(grid, BaseGrid) else f"node-{node_id}"

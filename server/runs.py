@@ -18,6 +18,7 @@ from common.durable import write_bytes, write_tensors
 from common.errors import StateError
 from common.plan import TrainingPlan
 from common.tasks.base import Task
+from common.tasks.histograms import Estimate
 from common.tasks.parameters import flat, initial_parameters, split_shared
 from common.wire import Vector
 from server.aggregation import build_strategy
@@ -180,10 +181,20 @@ def _round_of(line: str) -> int:
 
 def _summary_of(line: str) -> RoundSummary:
     values = json.loads(line)
-    metrics = {
-        name: {key: math.nan if value is None else value for key, value in figures.items()}
-        for name, figures in values["metrics"].items()
+    metrics = {name: _with_nan(figures) for name, figures in values["metrics"].items()}
+    evaluation = {
+        name: Estimate(**_with_nan(figures))
+        for name, figures in values.get("evaluation", {}).items()
     }
     return RoundSummary(
-        values["round"], tuple(values["accepted"]), values["missed"], values["seconds"], metrics
+        values["round"],
+        tuple(values["accepted"]),
+        values["missed"],
+        values["seconds"],
+        metrics,
+        evaluation,
     )
+
+
+def _with_nan(figures: Mapping[str, float | None]) -> dict[str, float]:
+    return {key: math.nan if value is None else value for key, value in figures.items()}

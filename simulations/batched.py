@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.plan import Privacy, TrainingPlan
+from common.guarantees import Privacy
+from common.plan import TrainingPlan
 from common.privacy.step import clip_factors
 from common.tasks.base import Examples, Task
 from simulations.layers import Weights

@@ -16,9 +16,12 @@ from common.data.on_demand import OnDemand
 from common.errors import ConfigurationError
 from common.flower import BaseGrid
 from common.plan import TrainingPlan
+from common.privacy.noise import SeededRandomness
 from common.tasks.base import HolderData, HolderTables, Task
 from common.tasks.parameters import load_shared
+from common.tasks.scaling import scaled
 from server.app import build_app
+from server.central import Combination, combination_of
 from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
 from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
@@ -65,6 +68,11 @@ class Experiment:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.baselines and self.plan.privacy.kind == "central":
+            raise ConfigurationError(
+                "baselines train one holder alone, and where holders are the unit nothing about "
+                "one holder can be learned; leave --baselines out"
+            )
         if self.engine not in ENGINES:
             raise ConfigurationError(
                 f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}"
@@ -185,6 +193,11 @@ def _data_of(
     return split, OnDemand(list(tables), lambda name: task.prepare(split[name]), keep)
 
 
+def seeded_combination(plan: TrainingPlan) -> Combination:
+    """A plan's combination of replies, with coins and noise that repeat."""
+    return combination_of(plan, lambda number: SeededRandomness("coordinator", plan.seed, number))
+
+
 Disturb = Callable[[BaseGrid], BaseGrid]
 """Puts a Grid around another one."""
 
@@ -211,7 +224,9 @@ def _train(
 ) -> RunResult:
     """The ServerApp of a deployment, on a Grid in this process."""
     results: list[RunResult] = []
-    app = build_app(lambda _: (plan, experiment.task, folder), on_round, results.append)
+    app = build_app(
+        lambda _: (plan, experiment.task, folder), on_round, results.append, seeded_combination
+    )
     with _grid(experiment, plan, data) as grid:
         app(disturb(grid), Context(1, 1, {}, RecordDict(), {}))
     return results[0]
@@ -268,4 +283,6 @@ def _pooled(
     model = task.model(1)
     load_shared(task, model, parameters)
     model.eval()
-    return {name: task.evaluate(model, own.test) for name, own in data.items()}
+    return {
+        name: task.evaluate(model, scaled(own.test, plan.scaling)) for name, own in data.items()
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 import numpy as np
@@ -340,6 +340,11 @@ class FaultyGrid(BaseGrid):
         """Names of holders that the other Grid cannot ask now."""
         return self._grid.away()
 
+    @property
+    def patience(self) -> float:
+        """The other Grid's."""
+        return self._grid.patience
+
     def answered_by(self, reply: Message) -> Sequence[int]:
         """The holders that a reply speaks for."""
         return self._grid.answered_by(reply)
@@ -403,7 +408,7 @@ class FaultyGrid(BaseGrid):
         draws = [generator("attack", self._seed, request.round, name) for name in names]
         forged = byzantine.forged(np.stack([own.update for _, own in honest]), draws)
         for (reply, own), update in zip(honest, forged, strict=True):
-            reply.content = TrainReply(update, own.weight).records()
+            reply.content = replace(own, update=update).records()
         return len(honest)
 
 
@@ -412,6 +417,11 @@ def _honest(reply: Message, request: RoundRequest) -> TrainReply | None:
     if reply.has_error():
         return None
     try:
-        return TrainReply.of(reply.content, request.plan, len(request.parameters))
+        return TrainReply.of(
+            reply.content,
+            request.plan,
+            len(request.parameters),
+            clip_norm=request.clip_norm,
+        )
     except WireError:
         return None

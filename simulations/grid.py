@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from torch import Tensor
 
-from client.app import Holder, build_app
+from client.app import build_app
+from client.holder import Holder
+from client.requests import Request
 from client.state import HolderState
 from common.errors import Refusal
 from common.flower import BaseGrid, stamp
@@ -24,8 +27,9 @@ from common.privacy.noise import Randomness, SeededRandomness
 from common.tasks.base import HolderData, Task, derived_seed
 from common.wire import FAILED, EvaluateReply, RoundRequest, TrainReply, refusal_error
 from server.aggregation import STRATEGIES
-from simulations.jobs import Assignment, Cut, Job, Private, Total, jobs_of
+from simulations.jobs import Assignment, Cut, Figures, Job, Private, Total, jobs_of
 from simulations.policy import simulated_policy
+from simulations.randomness import evaluation_randomness
 from simulations.sums import ExactSum
 from simulations.workers import Workers
 
@@ -37,13 +41,26 @@ def simulated_holder(
 ) -> Holder:
     """A holder of a simulation: its ledger is real but in memory, its randomness is seeded."""
 
-    def randomness(request: RoundRequest) -> Randomness:
+    def randomness(request: Request) -> Randomness:
         return SeededRandomness("simulation", plan.seed, name, request.round)
+
+    def of_evaluation(request: Request) -> Randomness:
+        return evaluation_randomness(plan, name, request.round)
 
     policy = simulated_policy(name, plan, len(data.train))
     state = HolderState.in_memory()
     seed = derived_seed("private", plan.seed, name)
-    return Holder(name, task, data, policy, state, device, randomness=randomness, seed=seed)
+    return Holder(
+        name,
+        task,
+        data,
+        policy,
+        state,
+        device,
+        randomness=randomness,
+        evaluation_randomness=of_evaluation,
+        seed=seed,
+    )
 
 
 @contextmanager
@@ -175,7 +192,13 @@ class BatchedGrid(BaseGrid):
         }
         parameters = torch.tensor(request.parameters).unsqueeze(0)
         return jobs_of(
-            assignments, self._cut, request.round, parameters, private, individually=individually
+            assignments,
+            self._cut,
+            request.round,
+            parameters,
+            private,
+            individually=individually,
+            clip_norm=request.clip_norm,
         )
 
     def _train(
@@ -201,14 +224,16 @@ class BatchedGrid(BaseGrid):
                     replies.append(_failure(message, outcome.failed[place]))
                 elif place in outcome.singles:
                     weight = outcome.weights[place]
-                    replies.append(_reply(message, outcome.singles[place], weight))
+                    within = outcome.within.get(place)
+                    replies.append(_reply(message, outcome.singles[place], weight, within))
                 else:
                     summed.append(message)
             for total in outcome.totals.values():
                 together.merge(total)
             first += len(job.assignments)
         if summed:
-            reply = _reply(summed[0], together.mean(), float(together.weight))
+            within = None if request.clip_norm is None else together.within
+            reply = _reply(summed[0], together.mean(), float(together.weight), within)
             self._speaks_for[reply] = [message.metadata.dst_node_id for message in summed]
             replies.append(reply)
         return replies
@@ -220,12 +245,12 @@ class BatchedGrid(BaseGrid):
         assignments: Sequence[Assignment],
     ) -> list[Message]:
         jobs = self._jobs(request, assignments, individually=True)
-        metrics = [figures for judged in self._workers.evaluate(jobs) for figures in judged]
+        judged = [figures for each in self._workers.evaluate(jobs) for figures in each]
         return [
             _failure(message, figures)
             if isinstance(figures, str)
-            else Message(EvaluateReply(figures).records(), reply_to=message)
-            for message, figures in zip(messages, metrics, strict=True)
+            else Message(_evaluation(figures).records(), reply_to=message)
+            for message, figures in zip(messages, judged, strict=True)
         ]
 
 
@@ -233,6 +258,11 @@ def _failure(message: Message, kind: str) -> Message:
     return Message(Error(FAILED, kind), reply_to=message)
 
 
-def _reply(message: Message, update: Tensor, weight: float) -> Message:
-    reply = TrainReply(update.to(torch.float32).numpy(), weight)
+def _evaluation(figures: Figures) -> EvaluateReply:
+    counts = np.array(figures.histogram, dtype=np.int64) if figures.histogram else None
+    return EvaluateReply(dict(figures.metrics), counts)
+
+
+def _reply(message: Message, update: Tensor, weight: float, within: int | None) -> Message:
+    reply = TrainReply(update.to(torch.float32).numpy(), weight, within)
     return Message(reply.records(), reply_to=message)

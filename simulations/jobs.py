@@ -21,6 +21,7 @@ from simulations.travel import Travels
 __all__ = [
     "Assignment",
     "Cut",
+    "Figures",
     "Job",
     "Judged",
     "Outcome",
@@ -83,6 +84,7 @@ class Job(Travels):
         private: private parameters of those assignments that have some already, by position.
         individually: whether every update is wanted, or only their sum.
         a_unit: as in :class:`Cut`.
+        clip_norm: L2 bound of whole updates, where holders are the unit.
     """
 
     assignments: Sequence[Assignment]
@@ -91,6 +93,7 @@ class Job(Travels):
     private: Mapping[int, Private] = field(default_factory=dict)
     individually: bool = False
     a_unit: int = USUAL
+    clip_norm: float | None = None
 
 
 @dataclass
@@ -100,20 +103,30 @@ class Total:
     Args:
         sum: Σ weight · update, [D].
         weight: Σ weight.
+        within: how many of the updates needed no clipping, where whole updates are clipped.
     """
 
     sum: ExactSum
     weight: Fraction = Fraction(0)
+    within: int = 0
 
-    def add(self, vector: Tensor, weight: float) -> None:
-        """Add a term: some weighted updates' sum, [D] float64, and the sum of their weights."""
+    def add(self, vector: Tensor, weight: float, within: int = 0) -> None:
+        """Add a term.
+
+        Args:
+            vector: some weighted updates' sum, [D] float64.
+            weight: the sum of their weights.
+            within: how many of them needed no clipping.
+        """
         self.sum.add(vector)
         self.weight += Fraction(weight)
+        self.within += within
 
     def merge(self, other: Total) -> None:
         """Add another's terms."""
         self.sum.merge(other.sum)
         self.weight += other.weight
+        self.within += other.within
 
     def mean(self) -> Tensor:
         """The weighted mean, [D] float64."""
@@ -154,6 +167,7 @@ class Outcome(Travels):
         singles: position of an assignment → its update [D], where it is not in a total: because
             it was wanted, or because it is not one that the plan allows.
         weights: of these, by position.
+        within: 1 or 0 for each of these that needed no clipping or did, by position.
         private: position of an assignment → its private parameters.
         failed: position of an assignment whose data or loss broke → the error's type.
         declined: position of an assignment whose holder does not allow it → rule and sentence.
@@ -162,13 +176,28 @@ class Outcome(Travels):
     totals: Totals = field(default_factory=dict)
     singles: dict[int, Tensor] = field(default_factory=dict)
     weights: dict[int, float] = field(default_factory=dict)
+    within: dict[int, int] = field(default_factory=dict)
     private: dict[int, Private] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     declined: dict[int, tuple[str, str]] = field(default_factory=dict)
 
 
-Judged = dict[str, float] | str
-"""A holder's metrics, or the type of the error that they ended in."""
+@dataclass(frozen=True)
+class Figures:
+    """What came of a holder's evaluation.
+
+    Args:
+        metrics: exact ones, for the experimenter.
+        histogram: the noised counts that would leave the holder; empty where the plan asks for
+            none.
+    """
+
+    metrics: Mapping[str, float]
+    histogram: tuple[int, ...] = ()
+
+
+Judged = Figures | str
+"""A holder's figures, or the type of the error that they ended in."""
 
 
 def jobs_of(
@@ -179,6 +208,7 @@ def jobs_of(
     private: Mapping[int, Private] | None = None,
     *,
     individually: bool = False,
+    clip_norm: float | None = None,
 ) -> list[Job]:
     """Cut a round's assignments into jobs of about equal size.
 
@@ -189,6 +219,7 @@ def jobs_of(
         parameters: [P, D].
         private: private parameters by position in ``assignments``.
         individually: see :class:`Job`.
+        clip_norm: see :class:`Job`.
     """
     count = math.ceil(len(assignments) / cut.holders)
     if count > 1 or len(assignments) >= FEWEST:
@@ -204,6 +235,7 @@ def jobs_of(
             {place - start: known[place] for place in range(start, end) if place in known},
             individually,
             cut.a_unit,
+            clip_norm,
         )
         for start, end in pairwise(ends)
         if start < end

@@ -165,6 +165,11 @@ class Stack:
         """As :attr:`Run.work`."""
         return sum(run.work for run in self.runs)
 
+    @property
+    def released(self) -> Tensor:
+        """Each run's model as it would be released now, in the order of the runs: [n, D]."""
+        return torch.cat([lane.released for lane in self._lanes])
+
     def train(self, workers: Workers) -> Iterator[int]:
         """Every round, yielding its number when it is done."""
         for number in range(1, self.rounds + 1):
@@ -180,14 +185,13 @@ class Stack:
             for point, run in self._alive()
             for member in self._judges(run)
         ]
-        parameters = torch.cat([lane.released for lane in self._lanes])
-        jobs = self._jobs(assignments, self.rounds, parameters, workers) if assignments else []
+        jobs = self._jobs(assignments, self.rounds, self.released, workers) if assignments else []
         judged = (figures for job in workers.evaluate(jobs) for figures in job)
         results = {self.runs[point].key: Result(failed=why) for point, why in self._failed.items()}
         metrics: dict[str, dict[str, Metrics]] = {run.key: {} for _, run in self._alive()}
         for one, figures in zip(assignments, judged, strict=True):
             if not isinstance(figures, str):
-                metrics[self.runs[one.point].key][one.holder] = figures
+                metrics[self.runs[one.point].key][one.holder] = figures.metrics
         return results | {key: Result(figures) for key, figures in metrics.items()}
 
     # -- inside ------------------------------------------------------------------------------

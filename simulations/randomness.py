@@ -16,20 +16,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.plan import TrainingPlan
 from common.privacy.noise import (
     DRAWS,
     NOISE,
     PART,
     SAMPLING,
     KeyStream,
+    SeededRandomness,
     standard_normal,
     unit_interval,
 )
 
-__all__ = ["BlockRandomness", "DeviceRandomness", "Streams", "block_randomness", "squares"]
+__all__ = [
+    "BlockRandomness",
+    "DeviceRandomness",
+    "Streams",
+    "block_randomness",
+    "evaluation_randomness",
+    "squares",
+]
 
 LOW = 2**32 - 1
 """The lower half of a word of 64 bits."""
+
+
+def evaluation_randomness(plan: TrainingPlan, holder: str, number: int) -> SeededRandomness:
+    """The noise of a simulated holder's evaluation, which is in no stream of its training.
+
+    Args:
+        plan: its seed names the streams.
+        holder: its name.
+        number: of the round.
+    """
+    return SeededRandomness("simulated evaluation", plan.seed, holder, number)
 
 
 class Streams(Protocol):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.plan import NonPrivate, Privacy, TrainingPlan
+from common.guarantees import CentralPrivacy, NonPrivate, Privacy
+from common.plan import TrainingPlan
+from server.rounds import RoundSummary
 from server.runs import RunResult
 
 if TYPE_CHECKING:  # it needs Opacus, which a coordinator that writes a document does not
@@ -54,6 +56,7 @@ def document(result: ExperimentResult) -> dict[str, Any]:
             experiment.engine,
         ),
         "metrics": summarise(result.finals),
+        **_evaluation_document([run.final for run in result.runs]),
         **baselines,
         **faults,
         "seconds": {
@@ -131,6 +134,7 @@ def run_document(result: RunResult, device: str) -> dict[str, Any]:
             result.plan, len(result.final.accepted), device, [result.plan.seed], engine="opacus"
         ),
         "metrics": summarise([shared]) if shared else {},
+        **_evaluation_document([result.final]),
         "seconds": {
             "total": round(sum(summary.seconds for summary in result.history), 3),
             "round_median": result.round_median,
@@ -152,10 +156,39 @@ def _about(
         "strategy": plan.strategy.name,
         "seeds": list(seeds),
         "privacy": privacy_document(plan.privacy),
+        **_price_document(plan),
     }
 
 
-def privacy_document(privacy: Privacy | NonPrivate) -> dict[str, Any]:
+def _price_document(plan: TrainingPlan) -> dict[str, Any]:
+    """What evaluations cost, where they have a price."""
+    price = plan.evaluation
+    if price.kind != "histogram":
+        return {}
+    figures = price.model_dump(mode="json", exclude={"kind"})
+    return {"evaluation_price": {**figures, "evaluations": plan.evaluations}}
+
+
+def _evaluation_document(finals: Sequence[RoundSummary]) -> dict[str, Any]:
+    """Metrics from noised histograms, where there are any: the first seed's, with error bars.
+
+    Args:
+        finals: the last round of every seed.
+    """
+    first = finals[0].evaluation
+    if not first:
+        return {}
+    estimates: dict[str, dict[str, Any]] = {
+        name: {key: _number(number) for key, number in asdict(estimate).items()}
+        for name, estimate in first.items()
+    }
+    if len(finals) > 1:
+        for name, estimate in estimates.items():
+            estimate["per_seed"] = [_number(final.evaluation[name].value) for final in finals]
+    return {"evaluation": estimates}
+
+
+def privacy_document(privacy: Privacy | NonPrivate | CentralPrivacy) -> dict[str, Any]:
     """The guarantee's figures; null where there is none."""
     fields = ("epsilon", "delta", "unit", "adversary", "noise_multiplier", "clip_norm")
     figures = {field: getattr(privacy, field, None) for field in fields}

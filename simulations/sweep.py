@@ -146,6 +146,11 @@ def _plan(task: Task, chosen: Mapping[str, Any], holders: int | None, count: int
     if settings.get("min_holders") is None:
         settings["min_holders"] = min(count, settings.get("cohort") or count)
     plan = plan_for(task, settings, holders=holders)
+    if plan.privacy.kind == "central":
+        raise ConfigurationError(
+            "a sweep trains with each holder's own noise; where holders are the unit, run 'sotto "
+            "simulate' for each setting"
+        )
     build_strategy(plan)  # refuses one that there is not, or that lacks holders
     return plan.model_copy(update={"evaluate_every": plan.rounds})
 

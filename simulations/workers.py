@@ -7,18 +7,21 @@ size, and its updates are summed where they are made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from common.errors import Refusal, SottoError
+from common.errors import SottoError
 from common.plan import TrainingPlan
+from common.privacy.discrete_noise import discrete_gaussian
 from common.privacy.noise import simulation_key
+from common.privacy.step import clipped_updates
 from common.tasks.base import Examples, HolderData, Task, derived_seed
 from common.tasks.parameters import private_of
+from common.tasks.scaling import scaled
 from common.tasks.separation import require_separate_units
 from simulations.batched import Block, Terms, predict, train
 from simulations.jobs import (
@@ -26,6 +29,7 @@ from simulations.jobs import (
     USUAL,
     Assignment,
     Cut,
+    Figures,
     Job,
     Judged,
     Outcome,
@@ -35,8 +39,8 @@ from simulations.jobs import (
     gather,
 )
 from simulations.layers import Weights
-from simulations.policy import simulated_policy
-from simulations.randomness import block_randomness
+from simulations.policy import simulated_policy, simulated_refusal
+from simulations.randomness import block_randomness, evaluation_randomness
 from simulations.stack import StackedModel
 from simulations.sums import ExactSum
 
@@ -123,7 +127,7 @@ class BlockTrainer:
         return outcome
 
     def evaluate(self, job: Job) -> list[Judged]:
-        """Metrics of each assignment's holder, of the shared parameters that it starts from."""
+        """Figures of each assignment's holder, of the shared parameters that it starts from."""
         found: dict[int, Judged] = {}
 
         def do(part: Sequence[int]) -> None:
@@ -179,11 +183,8 @@ class BlockTrainer:
         """
         for position, units in sizes.items():
             one = job.assignments[position]
-            policy = simulated_policy(one.holder, one.plan, units)
-            policy.check_data(units)
-            try:
-                policy.check(one.plan, self._task)
-            except Refusal as refusal:
+            simulated_policy(one.holder, one.plan, units).check_data(units)
+            if (refusal := simulated_refusal(one.plan, self._task, units)) is not None:
                 outcome.declined[position] = (refusal.code, refusal.sentence)
         return {place: size for place, size in sizes.items() if place not in outcome.declined}
 
@@ -233,16 +234,57 @@ class BlockTrainer:
         if private:
             outcome.private.update(zip(part, _cut(private, own), strict=True))
 
-    def _judge(self, job: Job, part: Sequence[int]) -> Sequence[dict[str, float]]:
+    def _judge(self, job: Job, part: Sequence[int]) -> Sequence[Figures]:
         held_out = self._block(job, part, "test")
         if not len(held_out.units):
             with torch.random.fork_rng(devices=[]):
                 model = self._task.model(1)
-            nothing = self._task.evaluate(model, held_out.units.to(torch.device("cpu")))
-            return [nothing] * len(part)
+            units = held_out.units.to(torch.device("cpu"))
+            predictions = self._task.predictions(model, units)
+            metrics = [self._task.metrics(predictions, units)] * len(part)
+            return self._figures(job, part, metrics, predictions, units, [0] * len(part))
         private = _stacked(self._private(job, part), self._device)
         predictions = predict(self._model, held_out, self._starts(job, part), private)
-        return self._task.metrics_by_holder(predictions, held_out.in_order(), held_out.sizes)
+        test, sizes = held_out.in_order(), held_out.sizes
+        metrics = self._task.metrics_by_holder(predictions, test, sizes)
+        return self._figures(job, part, metrics, predictions, test, sizes)
+
+    def _figures(
+        self,
+        job: Job,
+        part: Sequence[int],
+        metrics: Sequence[dict[str, float]],
+        predictions: Tensor,
+        test: Examples,
+        sizes: Sequence[int],
+    ) -> list[Figures]:
+        """Exact metrics, and where the plan asks for them, noised histograms, of each holder.
+
+        Args:
+            job: of the evaluation.
+            part: positions of H assignments.
+            metrics: [H].
+            predictions: [B, …] of all held-out units, holder by holder.
+            test: [B], in the same order.
+            sizes: [H] held-out units of each holder, B in sum.
+        """
+        plans = [job.assignments[position].plan for position in part]
+        if all(plan.evaluation.kind != "histogram" for plan in plans):
+            return [Figures(each) for each in metrics]
+        parts = zip(predictions.split(list(sizes)), test.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        figures = []
+        for position, plan, each, (own, units) in zip(part, plans, metrics, parts, strict=True):
+            histogram: tuple[int, ...] = ()
+            if plan.evaluation.kind == "histogram":
+                counts = self._task.histogram(own, units)
+                noise = discrete_gaussian(
+                    len(counts),
+                    plan.evaluation.event().noise_multiplier,
+                    evaluation_randomness(plan, job.assignments[position].holder, job.number),
+                )
+                histogram = tuple((counts + noise).tolist())
+            figures.append(Figures(each, histogram))
+        return figures
 
     def _sum(
         self,
@@ -255,8 +297,13 @@ class BlockTrainer:
         """Put updates that the plan allows into the totals, and all others aside."""
         plans = [job.assignments[position].plan for position in part]
         weights = [plan.weight(size) for plan, size in zip(plans, classes, strict=True)]
+        inside: list[int] = []
+        if job.clip_norm is not None:
+            updates, unclipped = clipped_updates(updates, job.clip_norm)
+            inside = [int(one) for one in unclipped.tolist()]
         norms = torch.linalg.vector_norm(updates, dim=1)
-        allowed = (norms <= _bounds(plans, self.dimension).to(self._device)).tolist()
+        bounds = _bounds(plans, self.dimension, job.clip_norm)
+        allowed = (norms <= bounds.to(self._device)).tolist()
         summed: dict[int, list[int]] = {}
         aside: list[int] = []
         for row, position in enumerate(part):
@@ -270,20 +317,28 @@ class BlockTrainer:
             some = updates if len(rows) == len(part) else updates[rows]
             shares = torch.tensor([weights[row] for row in rows], dtype=torch.float64)
             totals[point] = Total(ExactSum(self.dimension))
-            totals[point].add(_weighted_sum(some, shares), float(shares.sum()))
+            within = sum(inside[row] for row in rows) if inside else 0
+            totals[point].add(_weighted_sum(some, shares), float(shares.sum()), within)
         gather(outcome.totals, totals)
         for row in aside:
             outcome.singles[part[row]] = updates[row].cpu()
             outcome.weights[part[row]] = weights[row]
+            if inside:
+                outcome.within[part[row]] = inside[row]
 
     def _block(self, job: Job, part: Sequence[int], half: str) -> Block:
         """The units of some assignments, side by side; holders that share data share its rows."""
-        keys = [job.assignments[position].data for position in part]
+        keys = [
+            (job.assignments[position].data, job.assignments[position].plan.scaling)
+            for position in part
+        ]
         name = (half, *keys)
         block = self._blocks.get(name)
         if block is None:
             distinct = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-            examples = [getattr(self._data[key], half) for key in distinct]
+            examples = [
+                scaled(getattr(self._data[data], half), scaling) for data, scaling in distinct
+            ]
             which = [distinct[key] for key in keys]
             block = Block.of(examples, self._task.padding, self._device, which)
             if all(job.assignments[position].plan.cohort is None for position in part):
@@ -327,7 +382,7 @@ class Workers(Protocol):
         ...
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
-        """The metrics of every job's assignments, in their order."""
+        """The figures of every job's assignments, in their order."""
         ...
 
     def close(self) -> None:
@@ -354,7 +409,7 @@ class InProcess:
         return map(self._trainer.train, jobs)
 
     def evaluate(self, jobs: Sequence[Job]) -> Iterator[list[Judged]]:
-        """The metrics of every job's assignments, in their order."""
+        """The figures of every job's assignments, in their order."""
         return map(self._trainer.evaluate, jobs)
 
     def close(self) -> None:
@@ -373,13 +428,13 @@ class _Shelf:
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._blocks: dict[tuple[str, ...], Block] = {}
+        self._blocks: dict[Hashable, Block] = {}
 
-    def get(self, name: tuple[str, ...]) -> Block | None:
+    def get(self, name: Hashable) -> Block | None:
         """The block of that name, if it is here."""
         return self._blocks.get(name)
 
-    def put(self, name: tuple[str, ...], block: Block) -> None:
+    def put(self, name: Hashable, block: Block) -> None:
         """Keep a block, if there is room."""
         tensors = block.units.tensors.values()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -428,10 +483,10 @@ def _seeded(key: bytes, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _bounds(plans: Sequence[TrainingPlan], dimension: int) -> Tensor:
+def _bounds(plans: Sequence[TrainingPlan], dimension: int, clip_norm: float | None) -> Tensor:
     """The norm that each plan allows an update: [H] float32."""
     distinct = {id(plan): plan for plan in plans}
-    bound = {key: plan.largest_update_norm(dimension) for key, plan in distinct.items()}
+    bound = {key: plan.largest_update_norm(dimension, clip_norm) for key, plan in distinct.items()}
     return torch.tensor([bound[id(plan)] for plan in plans])
 
 

@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from common.errors import SottoError
-    from common.plan import NonPrivate, Privacy, TrainingPlan
+    from common.guarantees import CentralPrivacy, NonPrivate, Privacy
+    from common.plan import TrainingPlan
     from common.settings import plan_for
     from common.tasks import Examples, Source, Task, load
+    from simulations.audit import Audit, audited
     from simulations.experiment import Experiment, ExperimentResult, run_experiment
     from simulations.results import document, sweep_document
     from simulations.sweep import Setting, Sweep, SweepResult, run_sweep
+    from simulations.tuning import Tuning
 
 __all__ = [
+    "Audit",
+    "CentralPrivacy",
     "Examples",
     "Experiment",
     "ExperimentResult",
@@ -35,6 +40,8 @@ __all__ = [
     "SweepResult",
     "Task",
     "TrainingPlan",
+    "Tuning",
+    "audited",
     "document",
     "load",
     "plan_for",
@@ -44,11 +51,15 @@ __all__ = [
 ]
 
 _OWNERS = {
+    "CentralPrivacy": "common.guarantees",
+    "Tuning": "simulations.tuning",
+    "audited": "simulations.audit",
+    "Audit": "simulations.audit",
     "Examples": "common.tasks",
     "Experiment": "simulations.experiment",
     "ExperimentResult": "simulations.experiment",
-    "NonPrivate": "common.plan",
-    "Privacy": "common.plan",
+    "NonPrivate": "common.guarantees",
+    "Privacy": "common.guarantees",
     "Setting": "simulations.sweep",
     "SottoError": "common.errors",
     "Source": "common.tasks",

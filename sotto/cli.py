@@ -24,13 +24,18 @@ EXIT_USAGE, EXIT_RUN_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
 
 def _application() -> typer.Typer:
+    from sotto.audit import audit
     from sotto.data_commands import app as data
     from sotto.demo import demo
     from sotto.join import join
     from sotto.keys_commands import app as keys
+    from sotto.ledger_commands import app as ledger
+    from sotto.policy_commands import app as policy
     from sotto.serve import serve
     from sotto.simulate import simulate
+    from sotto.stats import stats
     from sotto.sweep import sweep
+    from sotto.tune import tune
 
     app = typer.Typer(
         name="sotto",
@@ -44,10 +49,15 @@ def _application() -> typer.Typer:
     app.command()(demo)
     app.command()(simulate)
     app.command()(sweep)
+    app.command()(tune)
+    app.command()(audit)
+    app.command()(stats)
     app.command()(serve)
     app.command()(join)
     app.command()(tasks)
     app.add_typer(keys, name="keys", help="Certificates: request, approve, install, list.")
+    app.add_typer(policy, name="policy", help="What a holder allows: init, show, check a plan.")
+    app.add_typer(ledger, name="ledger", help="A holder's account: show, verify, export, budgets.")
     app.add_typer(data, name="data", help="Data sets: list, get, check a file of your own.")
     return app
 

@@ -49,6 +49,11 @@ def demo(
     loaded = load(task, settings.source, settings.preprocessing)
     names = list(loaded.source.tables(settings.holders))
     plan = plan_for(loaded, {"min_holders": len(names), **settings.plan}, holders=settings.holders)
+    if plan.privacy.kind == "central":
+        raise ConfigurationError(
+            "a demo compares the federation with each holder alone, and where holders are the unit "
+            "nothing about one holder can be learned; use 'sotto simulate', or leave --unit out"
+        )
     out = settings.output.out or Path("runs") / f"demo-{task}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (out / "coordinator").exists():
         raise ConfigurationError(f"--out {out} holds an earlier demo; give another folder")
@@ -120,6 +125,7 @@ class _Federation:
 def _started(federation: _Federation) -> Iterator[_Processes]:
     """Start every process; stop them, whatever happens."""
     _exchange_keys(federation)
+    _write_policies(federation)
     port = _free_port()
     commands = {"coordinator": _serve_command(federation, port)}
     commands |= {name: _join_command(federation, name, port) for name in federation.names}
@@ -138,6 +144,29 @@ def _exchange_keys(federation: _Federation) -> None:
     for name in federation.names:
         request = HolderKeys.request(federation.holder(name), name)
         HolderKeys.install(federation.holder(name), coordinator.approve(request))
+
+
+def _write_policies(federation: _Federation) -> None:
+    """What each holder's people do with ``sotto policy init``: allow this plan, and no more."""
+    from client.policy import Policy
+    from client.policy_file import add_policy, policy_path
+    from client.requests import Terms
+    from simulations.policy import price_of
+
+    terms = Terms.of_plan(federation.plan)
+    policy = Policy(
+        data_set="default",
+        budget=price_of(federation.plan),
+        min_noise_multiplier=terms.noise_multiplier or 0.0,
+        max_clip_norm=terms.clip_norm or 1.0,
+        max_rounds_per_day=federation.plan.rounds,
+        min_cohort=terms.min_holders,
+        evaluation="histogram" if terms.evaluation == "histogram" else "never",
+        unprotected=not terms.private,
+        tasks=(terms.task,),
+    )
+    for name in federation.names:
+        add_policy(policy_path(federation.holder(name)), policy)
 
 
 def _serve_command(federation: _Federation, port: int) -> list[str]:
@@ -163,18 +192,12 @@ def _settings_toml(federation: _Federation) -> str:
 
 
 def _join_command(federation: _Federation, name: str, port: int) -> list[str]:
-    privacy = federation.plan.privacy
-    limit = (
-        ["--budget", str(privacy.epsilon), "--delta", str(privacy.delta)]
-        if privacy.kind == "dp"
-        else ["--allow-no-dp"]
-    )
     holders = federation.settings.holders
     cut = [] if holders is None else ["--holders", str(holders)]
     return [
         "join", "--server", f"127.0.0.1:{port}", "--state", str(federation.holder(name)),
         "--task", federation.task.name, "--source", federation.task.source.name,
-        "--preprocessing", federation.task.preprocessing, "--part", name, *cut, *limit,
+        "--preprocessing", federation.task.preprocessing, "--part", name, *cut,
         "--device", federation.settings.device, "--quiet",
     ]  # fmt: skip
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sotto.options import Output
+from sotto.policy_flags import Wanted, require_fitting
 from sotto.show import Screen, figure
 
 if TYPE_CHECKING:
-    from client.app import Holder
+    from client.holder import Holder
     from client.node import NodeEvent, Replied
-    from client.policy import Policy
     from common.link.keys import HolderKeys
-    from common.tasks.base import HolderData, Task
+    from common.tasks.base import HolderData, HolderTables, Task
 
-__all__ = ["join"]
+__all__ = ["join", "own_data", "own_tables"]
 
 
 def join(
@@ -33,20 +33,34 @@ def join(
         str | None, typer.Option(help="Instead of --data: the holder in the source to play.")
     ] = None,
     holders: Annotated[int | None, typer.Option(help="With --part: how the source is cut.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="What is allowed; policy.toml in --state.")
+    ] = None,
     data_set: Annotated[
-        str, typer.Option(help="Name that the budget attaches to, over runs and restarts.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="Name that the budget attaches to, over runs and restarts; the policy's only one, "
+            "or 'default'."
+        ),
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="ε of all releases, ever.")] = None,
     delta: Annotated[float | None, typer.Option(help="δ of the budget; the source's own.")] = None,
     allow_no_dp: Annotated[
         bool, typer.Option("--allow-no-dp", help="Answer plans without privacy, too.")
     ] = False,
     share_metrics: Annotated[
-        bool, typer.Option("--share-metrics", help="Send exact, unprotected metrics.")
+        bool,
+        typer.Option("--share-metrics", help="Send exact metrics; public data, --allow-no-dp."),
     ] = False,
     size_class: Annotated[
         int | None,
         typer.Option(help="Public, rough number of training units to declare; the source's own."),
+    ] = None,
+    anchor: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A further file that knows the ledger's last entry; see 'sotto ledger anchor'."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the split into training and held-out rows.")] = 0,
@@ -56,42 +70,54 @@ def join(
     name: Annotated[str | None, typer.Option(help="With --insecure: the holder's name.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say less.")] = False,
 ) -> None:
-    """Hold data and answer a coordinator, within a budget, until stopped."""
-    from client.app import Holder
-    from client.policy import Policy
+    """Hold data and answer a coordinator, within a policy, until stopped.
+
+    The policy is DIR/policy.toml. Where there is none, the flags about it make the first one;
+    where there is one, it holds, and flags must say the same.
+    """
+    from client.holder import Holder
+    from client.policy_file import add_policy, policy_path
     from client.state import HolderState
     from client.trainer import pick_device
     from common.errors import ConfigurationError
     from common.link.certificates import fingerprint
-    from common.privacy.ledger import Budget
     from common.tasks import load
 
-    if budget is None and not allow_no_dp:
-        raise ConfigurationError(
-            "set --budget EPS, the ε that may ever be released about this data; or, for public "
-            "or synthetic data, --allow-no-dp"
-        )
+    rules = policy or policy_path(state)
+    wanted = Wanted(data_set, budget, delta, allow_no_dp, share_metrics, size_class)
+    is_first = policy is None and not rules.exists()
+    if is_first:
+        wanted.require_enough()
     if (data is None) == (part is None):
         raise ConfigurationError("give either --data FILE or --part NAME, and not both")
     screen = Screen(Output(quiet=quiet))
     keys, own_name = _identity(state, name, insecure=insecure)
     loaded = load(task, source, preprocessing)
-    own = _own_data(loaded, data, part, holders, seed)
-    limit = None if budget is None else Budget(budget, delta or loaded.source.delta)
-    declared = size_class or loaded.source.nominal_size(holders)
-    policy = Policy(data_set, limit, allow_no_dp, share_metrics, declared)
-    with HolderState.at(state) as memory:
+    own = own_tables(loaded, data, part, holders, seed)
+    size = loaded.source.nominal_size(holders)
+    authority = fingerprint(keys.authority) if keys else None
+    allowed = (
+        wanted.policy(loaded.source.delta, size, authority)
+        if is_first
+        else wanted.agreed(rules, size)
+    )
+    require_fitting(rules, allowed, loaded.name, authority or server)
+    with HolderState.at(state, anchor or ()) as memory:
         holder = Holder(
             own_name,
             loaded,
-            own,
-            policy,
+            loaded.prepare(own),
+            allowed,
             memory,
             pick_device(device),
-            coordinator=fingerprint(keys.authority) if keys else server,
+            coordinator=authority or server,
+            rows=own.train,
         )
         holder.trainer.warm_up()
-        screen.say(_greeting(holder, policy))
+        if is_first:
+            add_policy(rules, allowed)
+            screen.say(f"Wrote {rules} from the flags; from now on it is what holds.")
+        screen.say(_greeting(holder))
         _stay(screen, holder, server, keys)
 
 
@@ -160,28 +186,39 @@ def _outcome(event: Replied) -> str:
     return f"declined ({event.error})" if ": " in event.error else f"failed ({event.error})"
 
 
-def _own_data(
+def own_tables(
     task: Task, path: Path | None, part: str | None, holders: int | None, seed: int
-) -> HolderData:
-    """The holder's rows, checked against the schema before anything else happens."""
+) -> HolderTables:
+    """The holder's rows, checked against the schema before anything else happens, and split."""
     from common.data.tables import check_table, read_table
     from common.errors import ConfigurationError
 
     if path is not None:
         table = check_table(read_table(path), task.schema, file=str(path))
-        return task.prepare(task.split_own(table, seed=seed))
+        return task.split_own(table, seed=seed)
     tables = task.source.tables(holders)
     if part is None or part not in tables:
         raise ConfigurationError(
             f"source {task.source.name!r} has no part {part!r}; it has {', '.join(tables)}"
         )
-    return task.prepare(task.split(tables[part], holder=part, seed=seed))
+    return task.split(tables[part], holder=part, seed=seed)
 
 
-def _greeting(holder: Holder, policy: Policy) -> str:
-    if policy.budget is None:
-        return f"{holder.name}: ready; no budget is set, releases are not protected."
-    return (
-        f"{holder.name}: ready; ε {figure(holder.spent())} of {policy.budget.epsilon:g} spent on "
-        f"data set {policy.data_set!r} (δ={policy.budget.delta:g})."
-    )
+def own_data(
+    task: Task, path: Path | None, part: str | None, holders: int | None, seed: int
+) -> HolderData:
+    """The same, encoded."""
+    return task.prepare(own_tables(task, path, part, holders, seed))
+
+
+def _greeting(holder: Holder) -> str:
+    policy = holder.policy
+    rehearsal = " A dry run: nothing is computed or sent." if policy.dry_run else ""
+    if policy.budget is not None:
+        return (
+            f"{holder.name}: ready; ε {figure(holder.spent())} of {policy.budget.epsilon:g} spent "
+            f"on data set {policy.data_set!r} (δ={policy.budget.delta:g}).{rehearsal}"
+        )
+    if policy.unprotected:
+        return f"{holder.name}: ready; no budget is set, releases are not protected.{rehearsal}"
+    return f"{holder.name}: ready; no budget is set, so every request is refused.{rehearsal}"

@@ -48,7 +48,8 @@ _PLAN: dict[str, Any] = {
     "weighting": _option(str | None, "equal, or size: by the size class that holders declare."),
     "holder_size": _option(int | None, "Public nominal number of units of one holder."),
     "average_from": _option(float | None, "Average the models after this fraction of rounds."),
-    "evaluate_every": _option(int | None, "Rounds between evaluations; 0 for never."),
+    "evaluate": _option(str | None, "When holders judge the model: never, 'every N' or final."),
+    "scaling": _option(str | None, "File of shifts and scales of inputs; see 'sotto stats'."),
     "round_deadline": _option(float | None, "Seconds until a silent holder misses the round."),
     "max_update_norm": _option(float | None, "Bound on updates of a plan without privacy."),
     "epsilon": _option(float | None, "ε of the whole run, for each holder.", panel="Privacy"),
@@ -56,7 +57,26 @@ _PLAN: dict[str, Any] = {
     "no_dp": _option(
         bool | None, "Train without differential privacy.", "--no-dp", panel="Privacy"
     ),
-    "clip_norm": _option(float | None, "L2 bound of one unit's gradient.", panel="Privacy"),
+    "clip_norm": _option(
+        float | None, "L2 bound of one unit's gradient, or of a holder's update.", panel="Privacy"
+    ),
+    "unit": _option(
+        str | None, "The task's own, or holder: then the coordinator is trusted.", panel="Privacy"
+    ),
+    "clipping": _option(
+        str | None, "Of holders' updates, with --unit holder: fixed or adaptive.", panel="Privacy"
+    ),
+    "mechanism": _option(
+        str | None, "Of the noise, with --unit holder: gaussian or banded.", panel="Privacy"
+    ),
+    "bands": _option(
+        int | None, "With banded noise: a holder is asked once in so many rounds.", panel="Privacy"
+    ),
+    "evaluation_epsilon": _option(
+        float | None,
+        "Price of all evaluations: noised histograms leave. Nothing leaves if left out.",
+        panel="Privacy",
+    ),
     "seed": _option(int | None, "First seed."),
 }
 _RUN: dict[str, Any] = {
@@ -78,7 +98,7 @@ _RUN: dict[str, Any] = {
 }
 _SHARED = {**_PLAN, **_RUN}
 
-_SINGLE = frozenset({"seed", "evaluate_every", "round_deadline", "no_dp"})
+_SINGLE = frozenset({"seed", "evaluate", "scaling", "round_deadline", "no_dp"})
 """Flags of a plan that are one value in a sweep too: a first seed, and what decides no result."""
 _LISTED = frozenset(_PLAN) - _SINGLE
 

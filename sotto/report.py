@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,15 +12,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.plan import Privacy, TrainingPlan
+from common.guarantees import Privacy
+from common.plan import TrainingPlan
 from common.privacy.accounting import epsilon
 from common.privacy.events import Composition
 from common.tasks.base import Task
+from common.tasks.histograms import undefined
 from server.rounds import RoundSummary
 from server.runs import RunResult
 from simulations.results import mean_over_holders
 from sotto.page import ACCENT, INK, MUTED, page, svg, table, tidy
-from sotto.show import figure, guarantee
+from sotto.show import evaluation_note, evaluation_rows, figure, guarantee
 
 __all__ = ["epsilon_curve", "write_report"]
 
@@ -52,6 +55,7 @@ def write_report(
         f"<blockquote>{escape(guarantee(plan, task, simulated=simulated))}</blockquote>",
         _curves(result, task),
         _comparison(written),
+        _from_histograms(written),
         _holders(written, task.headline),
         _rounds(result.history),
         f"<h2>Plan</h2><pre>{escape(plan.to_toml())}</pre>",
@@ -66,8 +70,14 @@ def epsilon_curve(plan: TrainingPlan, points: int = 20) -> tuple[Sequence[int], 
     if not isinstance(plan.privacy, Privacy):
         return [], []
     numbers = sorted({round(x) for x in np.linspace(1, plan.rounds, min(points, plan.rounds))})
-    event = Composition.of(plan.round_event())
-    return numbers, [epsilon(event * number, plan.privacy.delta) for number in numbers]
+    return numbers, [epsilon(_released(plan, number), plan.privacy.delta) for number in numbers]
+
+
+def _released(plan: TrainingPlan, number: int) -> Composition:
+    """What one holder has released after so many rounds."""
+    updates = Composition.of(plan.round_event()) * number
+    evaluations = sum(map(plan.evaluates, range(1, number + 1)))
+    return updates + plan.evaluation.composition(evaluations) if evaluations else updates
 
 
 def _heading(plan: TrainingPlan, written: Mapping[str, Any]) -> str:
@@ -82,14 +92,21 @@ def _heading(plan: TrainingPlan, written: Mapping[str, Any]) -> str:
 
 def _curves(result: RunResult, task: Task) -> str:
     evaluated = [summary for summary in result.history if summary.metrics]
+    released = [
+        summary
+        for summary in result.history
+        if not math.isnan(summary.evaluation.get(task.headline, undefined()).value)
+    ]
     numbers, epsilons = epsilon_curve(result.plan)
-    panels = (1 if evaluated else 0) + (1 if numbers else 0)
+    panels = sum(map(bool, (evaluated, released, numbers)))
     if not panels:
         return ""
     drawing = Figure(figsize=(4.6 * panels, 3.1), layout="constrained")
     axes = iter(np.atleast_1d(drawing.subplots(1, panels)))
     if evaluated:
         _draw_metric(next(axes), evaluated, task.headline)
+    if released:
+        _draw_estimates(next(axes), released, task.headline)
     if numbers:
         axis = next(axes)
         axis.plot(numbers, epsilons, color=ACCENT, linewidth=2)
@@ -111,6 +128,17 @@ def _draw_metric(axis: Any, evaluated: Sequence[RoundSummary], headline: str) ->
         _name_lines(axis, at[-1], {name: y for name, y in last.items() if not np.isnan(y)})
 
 
+def _draw_estimates(axis: Any, released: Sequence[RoundSummary], headline: str) -> None:
+    """What the noised histograms of all holders together show, with error bars."""
+    at = [summary.round for summary in released]
+    found = [summary.evaluation.get(headline, undefined()) for summary in released]
+    values = np.array([estimate.value for estimate in found])
+    ends = np.array([[estimate.low, estimate.high] for estimate in found]).T
+    bars = np.abs(ends - values)
+    axis.errorbar(at, values, bars, color=ACCENT, marker="o", markersize=4, capsize=3, linewidth=1)
+    _label(axis, f"{headline}: all holders' histograms")
+
+
 def _name_lines(axis: Any, x: int, ends: Mapping[str, float]) -> None:
     """Write each holder's name at the end of its line, apart where lines end close together."""
     low, high = axis.get_ylim()
@@ -130,7 +158,7 @@ def _label(axis: Any, title: str) -> None:
 def _comparison(written: Mapping[str, Any]) -> str:
     if not written["metrics"]:
         return (
-            "<h2>Results</h2><p>The holders keep their figures: evaluation is noted on each "
+            "<h2>Results</h2><p>The holders keep their exact figures: evaluation is noted on each "
             "holder's own machine and was not shared.</p>"
         )
     baselines = written.get("baselines", {})
@@ -146,6 +174,19 @@ def _comparison(written: Mapping[str, Any]) -> str:
         for name, value in written["metrics"].items()
     ]
     return f"<h2>Results</h2>{table(head, rows)}"
+
+
+def _from_histograms(written: Mapping[str, Any]) -> str:
+    """The figures that holders released at a price, if they did."""
+    if "evaluation" not in written:
+        return ""
+    price = written.get("evaluation_price", {})
+    return (
+        "<h2>From noised histograms</h2><p>Of all holders' held-out units together. "
+        f"All evaluations of the run are ({price.get('epsilon', math.nan):g}, "
+        f"{price.get('delta', math.nan):g})-differentially private. The error bars cover the noise "
+        f"and the cells' width. {evaluation_note(written)}</p>{table(*evaluation_rows(written))}"
+    )
 
 
 def _holders(written: Mapping[str, Any], headline: str) -> str:

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sotto.options import Settings, shared_options
-from sotto.show import LiveTable, Screen, guarantee, write_json
+from sotto.show import (
+    LiveTable,
+    Screen,
+    counted,
+    evaluation_note,
+    evaluation_rows,
+    guarantee,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from common.link.keys import CoordinatorKeys
 
-__all__ = ["serve"]
+__all__ = ["interrupt", "keys_of", "serve"]
 
 
 @shared_options
@@ -51,7 +59,7 @@ def serve(
         )
     loaded = load(task, settings.source, settings.preprocessing)
     plan = plan_for(loaded, {"min_holders": 2, **settings.plan}, holders=settings.holders)
-    keys = None if insecure else _keys(screen, state, listen, host_name)
+    keys = None if insecure else keys_of(screen, state, listen, host_name)
     results: list[Any] = []
     rows: list[list[str]] = []
 
@@ -61,7 +69,7 @@ def serve(
         screen.say(f"Run {folder.run_id}: listening on {listen}.")
         if done := folder.state(plan, loaded).round:
             screen.say(f"Going on after round {done}.")
-        screen.say(f"Waiting for at least {plan.min_holders} holders.")
+        screen.say(f"Waiting for at least {counted(plan.min_holders, 'holder')}.")
         table = LiveTable(
             screen, f"{task}, run {folder.run_id}", ["round", "updates", "seconds", "missed"]
         )
@@ -80,12 +88,16 @@ def serve(
             line += f"{summary.seconds:.2f} s" + (f"; missed: {missed}" if missed else "")
             table.update(rows[-12:], line)
 
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         with table:
             run(build_app(lambda _: (plan, loaded, folder), on_round, results.append), grid)
 
     written = run_document(results[0], settings.device)
     report = write_report(folder.path, results[0], loaded, written, simulated=False)
+    if "evaluation" in written:
+        screen.table("Evaluation, from noised histograms", *evaluation_rows(written))
+        if note := evaluation_note(written):
+            screen.say(note)
     screen.say(guarantee(plan, loaded, simulated=False))
     screen.say(f"Finished. The model and everything about the run: {report}")
     if settings.output.out is not None:
@@ -100,12 +112,13 @@ def run(app: Any, grid: Any) -> None:
     app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), {}))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """End like Ctrl-C on a signal."""
     del number, frame
     raise KeyboardInterrupt
 
 
-def _keys(screen: Screen, state: Path, listen: str, names: list[str] | None) -> CoordinatorKeys:
+def keys_of(screen: Screen, state: Path, listen: str, names: list[str] | None) -> CoordinatorKeys:
     """The coordinator's identity; made, with a word about what holders need, on first use."""
     from common.link.identity import host_of
     from common.link.keys import CoordinatorKeys, is_coordinator

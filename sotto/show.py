@@ -40,6 +40,9 @@ __all__ = [
     "Screen",
     "Share",
     "comparison_rows",
+    "counted",
+    "evaluation_note",
+    "evaluation_rows",
     "figure",
     "guarantee",
     "setting_text",
@@ -62,6 +65,11 @@ def figure(value: float | None, digits: int = 3) -> str:
     return "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 holder``, ``2 holders``."""
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
 def spread(summary: Mapping[str, Any] | None, *, several: bool, sign: str = " ± ") -> str:
     """Mean ± standard deviation over seeds, of a metric in a document."""
     if summary is None:
@@ -77,8 +85,50 @@ def guarantee(plan: TrainingPlan, task: Task, *, simulated: bool) -> str:
         task: for its caveat.
         simulated: whether the noise was seeded.
     """
-    parts = (plan.privacy.guarantee(), task.caveat, SEEDED if simulated else "")
+    parts = (*_guarantees(plan), task.caveat, SEEDED if simulated else "")
     return " ".join(part for part in parts if part)
+
+
+def _guarantees(plan: TrainingPlan) -> tuple[str, ...]:
+    """What holds for updates and, where they have a price, for evaluations with them."""
+    price = plan.evaluation
+    if price.kind != "histogram":
+        return (plan.privacy.guarantee(),)
+    times = f"{plan.evaluations} noised histogram" + "s" * (plan.evaluations != 1)
+    evaluations = f"{times} of held-out units, at ({price.epsilon:g}, {price.delta:g})"
+    if plan.privacy.kind != "dp":
+        return (plan.privacy.guarantee(), f"Evaluations: {evaluations}.")
+    from common.privacy.accounting import epsilon
+
+    total = epsilon(plan.composition(), plan.privacy.delta)
+    return (
+        plan.privacy.guarantee(f"{total:.3g}"),
+        f"That is updates, at ({plan.privacy.epsilon:g}, {plan.privacy.delta:g}), and "
+        f"{evaluations}.",
+    )
+
+
+def evaluation_rows(written: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of what the released histograms show."""
+    rows = [
+        [name, figure(found["value"]), _bar(found) if found["value"] is not None else "–"]
+        for name, found in written["evaluation"].items()
+    ]
+    return ["metric", "all holders", "95 % error bar"], rows
+
+
+def _bar(found: Mapping[str, float | None]) -> str:
+    return f"{figure(found['low'])} to {figure(found['high'])}"
+
+
+def evaluation_note(written: Mapping[str, Any]) -> str:
+    """Why figures of the released histograms are missing; empty where none is."""
+    if all(found["value"] is not None for found in written["evaluation"].values()):
+        return ""
+    return (
+        "–: too few held-out units for the noise at this price. Pay more (--evaluation-epsilon), "
+        "evaluate less often, or have more holders."
+    )
 
 
 def comparison_rows(written: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

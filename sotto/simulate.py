@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sotto.options import Settings, shared_options
-from sotto.show import Rounds, Screen, comparison_rows, guarantee, write_json
+from sotto.show import (
+    Rounds,
+    Screen,
+    comparison_rows,
+    evaluation_note,
+    evaluation_rows,
+    guarantee,
+    write_json,
+)
 
 if TYPE_CHECKING:  # it needs torch
     from common.plan import TrainingPlan
@@ -68,7 +76,7 @@ def simulate(
     plan = plan_for(loaded, wanted, holders=settings.holders)
     if faults is not None and "min_holders" not in settings.plan:
         plan = _with_smallest_quorum(plan)
-    if "evaluate_every" not in settings.plan:
+    if "evaluate" not in settings.plan and plan.evaluation.kind == "local":
         # Twenty points make a curve; evaluating more often would cost more than it shows.
         plan = plan.model_copy(update={"evaluate_every": max(1, plan.rounds // 20)})
     first = plan.seed
@@ -96,6 +104,10 @@ def simulate(
     written = document(result)
     report = write_report(experiment.folder, result.runs[0], loaded, written)
     screen.table(f"{task} on {plan.source}", *comparison_rows(written))
+    if "evaluation" in written:
+        screen.table("From noised histograms", *evaluation_rows(written))
+        if note := evaluation_note(written):
+            screen.say(note)
     screen.say(guarantee(plan, loaded, simulated=True))
     if faults is not None:
         screen.say(_what_went_wrong(written["faults"]))
@@ -105,7 +117,8 @@ def simulate(
 
 def _with_smallest_quorum(plan: TrainingPlan) -> TrainingPlan:
     """As few updates as the strategy can work with: where holders fail, not everyone answers."""
-    from common.plan import TrainingPlan, validated
+    from common.frozen import validated
+    from common.plan import TrainingPlan
     from server.aggregation import STRATEGIES
 
     kind = STRATEGIES.get(plan.strategy.name)

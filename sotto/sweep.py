@@ -25,6 +25,9 @@ def sweep(
     data: Annotated[
         Path | None, typer.Option(help="A file of your own, CSV or Parquet, to divide.")
     ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --data: the file is public or synthetic.")
+    ] = False,
     engine: Annotated[
         str, typer.Option(help="How local training is computed: batched or ray.")
     ] = "batched",
@@ -37,6 +40,7 @@ def sweep(
     Settings of the plan take lists: --epsilon 0.5,1,2,inf --strategy fedavg,fedadam
     """
     _check_engine(engine)
+    _check_public(data, public=public)
     # torch takes seconds to import; flags are checked, and help is shown, without it.
     from client.trainer import pick_device
     from common.data.own_file import OwnFile
@@ -86,6 +90,16 @@ def _check_engine(engine: str) -> None:
         )
     if engine not in ("batched", "ray"):
         raise ConfigurationError(f"there is no engine {engine!r} to sweep with; use batched or ray")
+
+
+def _check_public(data: Path | None, *, public: bool) -> None:
+    """A sweep tells exactly how every setting did, which no price covers."""
+    if data is not None and not public:
+        raise ConfigurationError(
+            "a sweep shows exact figures of every setting, and choosing by them tells of the "
+            "people in the file: 'sotto tune' chooses at a price, from the holder's ledger; if "
+            "the file is public or synthetic, say --public"
+        )
 
 
 def _run(asked: Sweep, make_workers: MakeWorkers, folder: Path, screen: Screen) -> SweepResult:

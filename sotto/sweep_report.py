@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.plan import Privacy
+from common.guarantees import Privacy
 from simulations.sweep import Setting, Sweep
 from sotto.page import details, page, svg, table
 from sotto.show import SEEDED, setting_text, spread, sweep_rows, write_json

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from common.data.schema import Column, Schema
 from common.tasks.base import Examples, HolderTables, Source, Task
+from common.tasks.histograms import Estimate, Values, estimated, known
 
 FEATURES = 3
 SCHEMA = Schema(
@@ -46,6 +47,7 @@ class TinyTask(Task):
     name = "tiny"
     unit = "record"
     headline = "accuracy"
+    scalable: ClassVar[Mapping[str, float]] = {"x": 4.0}
     sources: ClassVar[Mapping[str, type[Source]]] = {"tiny": TinySource}
 
     def __init__(self, source: str | None = None, preprocessing: str | None = None) -> None:
@@ -76,3 +78,18 @@ class TinyTask(Task):
 
     def recommended(self, epsilon: float | None) -> dict[str, object]:
         return {"rounds": 4, "learning_rate": 0.5}
+
+
+class CountedTask(TinyTask):
+    """The same with a histogram of two cells: wrong, right."""
+
+    cells = 2
+
+    def cells_of(self, predictions: Tensor, test: Examples) -> Tensor:
+        return ((predictions > 0) == (test["y"] > 0.5)).long()
+
+    def metrics_of(self, histogram: Values, variance: float) -> dict[str, Estimate]:
+        def accuracy(histograms: Values) -> Values:
+            return np.asarray(histograms[:, 1] / known(histograms.sum(1), 2 * variance))
+
+        return {"accuracy": estimated(histogram, variance, accuracy)}

@@ -194,6 +194,8 @@ class Stream:
                 "or not for this host name; check --server, have the coordinator name the host "
                 "with --host-name, or install the bundle of the right federation"
             )
+        elif "failed to connect to all addresses" in details:  # gRPC's words, with every address
+            details = f"nobody answers at {self._server}"
         return Ended(self, details or code.name, final)
 
 

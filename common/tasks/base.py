@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from common.data.holders import hashed_split
 from common.data.schema import Schema
 from common.errors import ConfigurationError
+from common.tasks.histograms import Estimate, Values
 
 __all__ = [
     "Examples",
@@ -28,6 +29,7 @@ __all__ = [
     "Unit",
     "derived_seed",
     "generator",
+    "no_histogram",
 ]
 
 HELD_OUT = 0.2
@@ -211,6 +213,15 @@ class Task(ABC):
     """How many uniform numbers a unit needs for one batch: see :meth:`batch`."""
     units_at_a_time: ClassVar[int] = 4096
     """Held-out units that :meth:`evaluate` predicts at once; bounds the memory."""
+    cells: ClassVar[int] = 0
+    """Cells of the histogram that an evaluation may release; 0 where there is none. Public."""
+
+    scalable: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """Float inputs, [N, D] in :class:`Examples`, that a plan may shift and scale: name → the bound
+    within which private statistics of them look. It is public; entries may lie beyond it."""
+    usual_ranges: Mapping[str, tuple[float, float]] = MappingProxyType({})
+    """Number column → the range in which private statistics look, where the schema allows far more
+    than occurs: the narrower, the more exact. Public constants, like the schema's bounds."""
 
     padding: Mapping[str, float] = _NO_PADDING
     """What fills trailing entries of tensors whose width differs between holders, by name. It
@@ -280,10 +291,52 @@ class Task(ABC):
         return [self.metrics(part, units) for part, units in parts]
 
     @torch.no_grad()
+    def predictions(self, model: nn.Module, test: Examples) -> Tensor:
+        """:meth:`predict` of one holder's held-out units, which may be none: [B, …]."""
+        return torch.cat([self.predict(model, part) for part in test.split(self.units_at_a_time)])
+
     def evaluate(self, model: nn.Module, test: Examples) -> dict[str, float]:
         """Metrics of ``model`` on one holder's held-out units, which may be none."""
-        predictions = [self.predict(model, part) for part in test.split(self.units_at_a_time)]
-        return self.metrics(torch.cat(predictions), test)
+        return self.metrics(self.predictions(model, test), test)
+
+    def cells_of(self, predictions: Tensor, test: Examples) -> Tensor:
+        """The one cell that each held-out unit falls into: [B] int64 from 0 to ``cells`` − 1.
+
+        Entry i depends on unit i only and every unit has a cell, whatever the model says of it, so
+        that adding or removing a unit changes one count of the histogram by one. That is the
+        sensitivity which an evaluation's price rests on.
+
+        Args:
+            predictions: [B, …], of :meth:`predict`.
+            test: [B], held-out units.
+        """
+        raise NotImplementedError(f"task {self.name!r} has cells and does not say which is whose")
+
+    def metrics_of(self, histogram: Values, variance: float) -> dict[str, Estimate]:
+        """Metrics with error bars from the sum of many holders' noised histograms.
+
+        Args:
+            histogram: [``cells``] float64; counts may be negative.
+            variance: of the noise in each.
+        """
+        raise NotImplementedError(f"task {self.name!r} has cells and no metrics of them")
+
+    def histogram(self, predictions: Tensor, test: Examples) -> Tensor:
+        """How many held-out units fall into each cell: [``cells``] int64 on the CPU.
+
+        It is exact, and stays where the units are.
+
+        Raises:
+            ConfigurationError: the task's cells do not keep what :meth:`cells_of` promises.
+        """
+        cells = self.cells_of(predictions, test).cpu()
+        one_each = cells.shape == (len(test),) and cells.dtype == torch.int64
+        if not one_each or bool(((cells < 0) | (cells >= self.cells)).any()):
+            raise ConfigurationError(
+                f"cells_of of task {self.name!r} must give each of {len(test)} units one whole "
+                f"number from 0 to {self.cells - 1}"
+            )
+        return torch.bincount(cells, minlength=self.cells)
 
     @abstractmethod
     def split(self, table: pd.DataFrame, *, holder: str, seed: int) -> HolderTables:
@@ -314,6 +367,13 @@ class Task(ABC):
         """Encode both halves. Overridden where a preparation needs the training half's figures."""
         return HolderData(train=self.examples(tables.train), test=self.examples(tables.test))
 
+    def measured(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows as statistics read them: NaN also where a value stands for "not measured".
+
+        A row's result depends on that row only.
+        """
+        return table
+
     def batch(self, units: Examples, draws: Tensor) -> Examples:
         """What one step sees of the units that were sampled.
 
@@ -343,6 +403,14 @@ class Task(ABC):
             holder: self.prepare(self.split(table, holder=holder, seed=seed))
             for holder, table in tables.items()
         }
+
+
+def no_histogram(task: Task) -> str:
+    """Why a task's evaluations cannot be released, in a sentence."""
+    return (
+        f"task {task.name!r} has no histogram that an evaluation could release (its cells are 0); "
+        "leave out evaluation_epsilon, or give the task cells, cells_of and metrics_of"
+    )
 
 
 def derived_seed(*parts: object) -> int:

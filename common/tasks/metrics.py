@@ -18,6 +18,8 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from common.tasks.score_histogram import BINS, EDGES
+
 __all__ = ["METRICS", "classification_metrics", "classification_metrics_by_holder"]
 
 Booleans = npt.NDArray[np.bool_]
@@ -141,8 +143,29 @@ def f1(rows: _Rows) -> Values:
     return 2 * rows.total(rows.found & rows.positive) / (rows.total(rows.found) + rows.positives)
 
 
+def calibration(rows: _Rows) -> Values:
+    """Expected calibration error: how far outcomes are from the mean score, in each bin.
+
+    Naeini et al. 2015, "Obtaining well calibrated probabilities using Bayesian binning", section 3,
+    with the bins of :mod:`common.tasks.score_histogram`.
+    """
+    bins = np.searchsorted(EDGES, rows.scores)
+    excess = np.bincount(
+        rows.holder * BINS + bins, rows.positive - rows.scores, minlength=len(rows.sizes) * BINS
+    )
+    return np.asarray(np.abs(excess.reshape(-1, BINS)).sum(1) / rows.sizes)
+
+
 METRICS: Mapping[str, Callable[[_Rows], Values]] = MappingProxyType(
-    {"accuracy": accuracy, "auc": auc, "ks": ks, "brier": brier, "recall": recall, "f1": f1}
+    {
+        "accuracy": accuracy,
+        "auc": auc,
+        "ks": ks,
+        "brier": brier,
+        "recall": recall,
+        "f1": f1,
+        "calibration": calibration,
+    }
 )
 
 

@@ -8,6 +8,7 @@ The privacy unit is a user: one row of a batch is everything one person contribu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -17,21 +18,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from common.data.interactions import SyntheticInteractions
-from common.data.leave_one_out import CANDIDATES, catalogue_of, leave_one_out
+from common.data.leave_one_out import CANDIDATES, NEGATIVES, catalogue_of, leave_one_out
 from common.data.movielens import MovieLens1M, MovieLens100K
 from common.errors import DataError
 from common.tasks.base import Examples, HolderData, HolderTables, Source, Task, Unit, generator
-from common.tasks.ranking import hit_rate, ndcg, position
+from common.tasks.histograms import Estimate, Values
+from common.tasks.rank_histogram import CELLS, CUTOFF, drawn_from, rank_cells, rank_estimates
+from common.tasks.ranking import Position, hit_rate, ndcg, position
 
 __all__ = ["Recommendation", "Recommender"]
-
-CUTOFF = 10
-"""The k of HR@k and NDCG@k."""
 
 GAINS = (hit_rate, ndcg)
 
 _NAMES = tuple(f"{gain}@{CUTOFF}{ranked}" for ranked in ("", "-full") for gain in ("hr", "ndcg"))
-"""The metrics, in the order of what :meth:`Recommendation.predict` returns of a user."""
+"""The metrics: both gains among the sample, then both in the whole catalogue."""
 
 _SCHEDULES = {"synthetic": (10, 5), "movielens-100k": (60, 10), "movielens-1m": (30, 10)}
 """Rounds and local steps without privacy, by source."""
@@ -101,6 +101,8 @@ class Recommendation(Task):
     sources: ClassVar[Mapping[str, type[Source]]] = {
         source.name: source for source in (SyntheticInteractions, MovieLens100K, MovieLens1M)
     }
+    usual_ranges = MappingProxyType({"time": (788_918_400.0, 1_893_456_000.0)})
+    """From 1995 to 2030."""
     private_parameters: ClassVar[frozenset[str]] = frozenset({"users.weight"})
     private_learning_rate: ClassVar[float] = 2.0
 
@@ -114,6 +116,7 @@ class Recommendation(Task):
 
     draws: ClassVar[int] = POSITIVES + NEGATIVES
     units_at_a_time: ClassVar[int] = 64  # each is scored against the whole catalogue
+    cells: ClassVar[int] = CELLS
 
     def __init__(self, source: str | None = None, preprocessing: str | None = None) -> None:
         self.source = self.sources[source or next(iter(self.sources))]()
@@ -215,13 +218,16 @@ class Recommendation(Task):
         )
 
     def predict(self, model: nn.Module, units: Examples) -> Tensor:
-        """HR, NDCG, full HR and full NDCG of each user: [B, 4] float64."""
+        """Where each user's held-out item stands: [B, 4] int64.
+
+        How many items are better, and how many tie, among the sampled ones and among all.
+        """
         catalogue = torch.arange(self._catalogue, device=units["user"].device)
         scores = model(units["user"], catalogue.expand(len(units), -1))
         own = scores.gather(1, units["held_out"].unsqueeze(1)).squeeze(1)
         sampled = position(own, scores.gather(1, units["negatives"]))
         full = position(own, scores, counted=~self._out_of_competition(units))
-        return torch.stack([gain(at, CUTOFF) for at in (sampled, full) for gain in GAINS], dim=1)
+        return torch.stack([sampled.better, sampled.tied, full.better, full.tied], dim=1)
 
     def metrics(self, predictions: Tensor, test: Examples) -> dict[str, float]:
         """Mean HR@10 and NDCG@10 over users, sampled and full; NaN where nobody is tested."""
@@ -235,8 +241,18 @@ class Recommendation(Task):
         users = torch.tensor(sizes, dtype=torch.int64)
         holder = torch.arange(len(users)).repeat_interleave(users)
         sums = torch.zeros(len(users), len(_NAMES), dtype=torch.float64)
-        means = sums.index_add_(0, holder, predictions.cpu()) / users.unsqueeze(1)
+        gains = [gain(at, CUTOFF) for at in _standings(predictions.cpu()) for gain in GAINS]
+        means = sums.index_add_(0, holder, torch.stack(gains, dim=1)) / users.unsqueeze(1)
         return [dict(zip(_NAMES, row, strict=True)) for row in means.tolist()]
+
+    def cells_of(self, predictions: Tensor, test: Examples) -> Tensor:
+        """By rank, ties settled by lot: see :mod:`common.tasks.rank_histogram`."""
+        # Not by the row of the embedding, which depends on which other users there are.
+        return rank_cells(*_standings(predictions), drawn_from(test["held_out"], test["negatives"]))
+
+    def metrics_of(self, histogram: Values, variance: float) -> dict[str, Estimate]:
+        """HR@10 and NDCG@10, sampled and full."""
+        return rank_estimates(histogram, variance, min(1.0, NEGATIVES / (self._catalogue - 1)))
 
     def _out_of_competition(self, test: Examples) -> Tensor:
         """Items that the held-out one is not ranked against: [U, catalogue] bool.
@@ -267,6 +283,12 @@ class Recommendation(Task):
         else:
             schedule = {"rounds": 10, "local_steps": 1, "learning_rate": 0.4, "clip_norm": 1.0}
         return settings | schedule
+
+
+def _standings(predictions: Tensor) -> tuple[Position, Position]:
+    """Positions among the sampled items and among all, from :meth:`Recommendation.predict`."""
+    better, tied, better_of_all, tied_of_all = predictions.unbind(1)
+    return Position(better, tied), Position(better_of_all, tied_of_all)
 
 
 def _draw_positives(users: Examples, draws: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from common.data.encoding import label_codes
 from common.data.holders import random_split, stratified_split
 from common.errors import ConfigurationError
 from common.tasks.base import Examples, HolderTables, Task, generator
+from common.tasks.histograms import Estimate, Values
 from common.tasks.metrics import classification_metrics, classification_metrics_by_holder
+from common.tasks.score_histogram import CELLS, score_cells, score_estimates
 
 __all__ = ["BinaryTask", "Tier", "full_batch", "linear_model", "settings_for"]
 
@@ -34,6 +36,7 @@ class BinaryTask(Task):
     input_names: ClassVar[tuple[str, ...]] = ("features",)
     measures: ClassVar[tuple[str, ...]]
     """Which of :data:`common.tasks.metrics.METRICS` it reports."""
+    cells = CELLS
     held_out: float = 0.2
     """Share of each holder's rows that is held out (rounded up)."""
 
@@ -71,6 +74,14 @@ class BinaryTask(Task):
         )
         rows = zip(*(values[name].tolist() for name in self.measures), strict=True)
         return [dict(zip(self.measures, row, strict=True)) for row in rows]
+
+    def cells_of(self, predictions: Tensor, test: Examples) -> Tensor:
+        """By probability and label: see :mod:`common.tasks.score_histogram`."""
+        return score_cells(predictions, test["label"])
+
+    def metrics_of(self, histogram: Values, variance: float) -> dict[str, Estimate]:
+        """The metrics named in :attr:`measures`, and how well probabilities are calibrated."""
+        return score_estimates(histogram, variance, (*self.measures, "calibration"))
 
     def split(self, table: pd.DataFrame, *, holder: str, seed: int) -> HolderTables:
         """Hold out a share of the rows, each label in proportion.

@@ -18,7 +18,7 @@ from common.privacy.noise import SeededRandomness
 from common.settings import plan_for
 from common.tasks import load
 from common.tasks.base import Examples, HolderData, Task
-from common.tasks.parameters import initial_parameters, load_shared, named_shared
+from common.tasks.parameters import initial_parameters, load_shared, named_shared, shared_of
 from tests.tiny import FEATURES, TinyTask, table
 
 TASK = TinyTask()
@@ -306,7 +306,8 @@ def test_a_users_clipped_gradient_is_of_the_shared_parameters_only(
 def test_every_step_has_draws_of_its_own(shop: tuple[Task, HolderData]) -> None:
     task, data = shop
     trainer, randomness = Trainer(task, data.train, CPU), SeededRandomness(0)
-    first, second = (trainer._sample(1.0, randomness)["negatives"] for _ in range(2))
+    plan = plan_for(task, {"epsilon": 5.0, "batch_size": "full"})
+    first, second = (trainer._sample(plan, randomness)["negatives"] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -334,3 +335,20 @@ def test_a_step_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(MemoryError):
             train()
     assert torch.equal(train(), before)
+
+
+def test_whether_units_are_separate_is_not_tried_on_a_model_that_was_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sender would choose how far rounding parts two losses, and see which units it fails."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        trainer_module,
+        "require_separate_units",
+        lambda task, model, _: seen.append(shared_of(task, model)),
+    )
+    trainer, sent = Trainer(TASK, examples(9), CPU, seed=0), torch.full_like(start(), 1e7)
+    for plan in (make_plan(), make_plan(no_dp=True, epsilon=None), make_plan()):
+        trainer.train(plan, sent, None, SeededRandomness(0), divisor=9.0)
+    (tried,) = seen
+    assert float(tried.abs().max()) < 1e3

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConfigurationError
-from common.plan import Privacy, TrainingPlan, fits_size_class
+from common.guarantees import CentralPrivacy, Privacy
+from common.plan import TrainingPlan, fits_size_class
 from common.privacy.accounting import epsilon
 from common.privacy.noise import SeededRandomness
 from common.settings import SETTINGS, plan_for
+from common.tasks import load
+from common.tasks.scaling import InputScaling, scaling_text
 from tests.tiny import TinyTask
 
 
@@ -81,19 +86,30 @@ def test_a_run_goes_on_although_calibration_changed_a_little() -> None:
     assert not plan_for(TinyTask(), {"epsilon": 2.1}).same_but_for_noise(plan)
 
 
-def test_every_setting_is_understood() -> None:
+def test_every_setting_is_understood(tmp_path: Path) -> None:
     """A name in SETTINGS that plan_for drops silently would be a flag that does nothing."""
+    scaling = tmp_path / "scaling.toml"
+    scaling.write_text(scaling_text([InputScaling(input="x", shift=(1.0,), scale=(2.0,))], ""))
     values: dict[str, object] = {
         "optimizer": "adam", "strategy": "fedprox", "weighting": "size", "batch_size": 7,
         "epsilon": 3.3, "delta": 3e-5, "cohort": 9, "holder_size": 77, "momentum": 0.3,
         "trim": 0.11, "average_from": 0.7, "server_momentum": 0.7,
+        "evaluate": "every 2", "scaling": scaling,
+    }  # fmt: skip
+    central: dict[str, object] = {
+        "unit": "holder", "clipping": "adaptive", "mechanism": "banded", "bands": 2,
     }  # fmt: skip
     default = plan_for(TinyTask(), {})
-    for name in SETTINGS:
-        if name == "no_dp":
-            continue
-        value = values.get(name, 2)
-        assert plan_for(TinyTask(), {name: value}) != default, name
+    for name in set(SETTINGS) - {"no_dp", "evaluation_epsilon", *central}:
+        assert plan_for(TinyTask(), {name: values.get(name, 2)}) != default, name
+
+    priced = plan_for(load("medical-diagnosis"), {"evaluation_epsilon": 2})  # a task with cells
+    assert priced != plan_for(load("medical-diagnosis"), {"evaluate": "final"})
+    for names in (("unit", "clipping"), ("unit", "mechanism", "bands")):
+        for count, name in enumerate(names):
+            without = {known: central[known] for known in names[:count]}
+            with_it = {**without, name: central[name]}
+            assert plan_for(TinyTask(), with_it) != plan_for(TinyTask(), without), name
 
 
 @settings(max_examples=30, deadline=None)
@@ -137,3 +153,31 @@ def test_the_guarantee_is_said_in_words() -> None:
     sentence = plan_for(TinyTask(), {"epsilon": 2.0}).privacy.guarantee()
     for part in ("each record", "(2, 0.0001)", "adding or removing", "coordinator"):
         assert part in sentence
+
+
+HOLDER = {"unit": "holder", "epsilon": 2.0, "rounds": 8}
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"cohort": 5, "clipping": "adaptive"}, {"mechanism": "banded", "bands": 4}], ids=str
+)
+def test_a_plan_whose_unit_is_the_holder_round_trips(chosen: dict[str, object]) -> None:
+    plan = plan_for(TinyTask(), {**HOLDER, **chosen}, holders=50)
+    assert isinstance(plan.privacy, CentralPrivacy)
+    assert plan.privacy.population == 50
+    assert TrainingPlan.from_json(plan.to_json()) == plan
+    assert TrainingPlan.from_toml(plan.to_toml()) == plan
+    assert plan.same_but_for_noise(plan.calibrated())
+
+
+def test_where_holders_are_the_unit_the_sentence_says_whom_to_trust() -> None:
+    coins = plan_for(TinyTask(), {**HOLDER, "cohort": 5}, holders=50).privacy.guarantee()
+    turns = plan_for(TinyTask(), {**HOLDER, "mechanism": "banded"}, holders=50).privacy.guarantee()
+    for sentence in (coins, turns):
+        for part in (
+            "For each holder, with all that it holds", "(2, 0.0001)", "adding or removing that",
+            "whoever sees every model", "The coordinator is trusted", "no guarantee",
+        ):  # fmt: skip
+            assert part in sentence
+    assert "and not who took part" in coins, "amplification by sampling rests on it"
+    assert "who took part" not in turns

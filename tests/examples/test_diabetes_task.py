@@ -18,6 +18,7 @@ from common.tasks import load
 from common.tasks.tabular import BinaryTask
 from tests.common.tasks.contract import (
     check_batches_are_pure,
+    check_histogram,
     check_losses_are_per_row,
     check_many_holders_are_judged_as_each_alone,
     check_opacus_gives_each_rows_gradient,
@@ -103,6 +104,7 @@ def test_the_contract_holds(task: BinaryTask) -> None:
     check_opacus_gives_each_rows_gradient(task, train)
     check_batches_are_pure(task, train)
     check_predictions_are_per_unit(task, train)
+    check_histogram(task, data[0].test)
     check_many_holders_are_judged_as_each_alone(task, [own.test for own in data])
 
 

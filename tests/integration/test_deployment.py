@@ -120,11 +120,11 @@ def test_holders_stay_joined_after_the_run_and_leave_on_sigterm(finished: Finish
 
 
 def test_no_figure_of_a_holder_reaches_the_coordinator(finished: Finished) -> None:
-    fields = {"time", "round", "accepted", "missed", "seconds", "metrics"}
+    fields = {"time", "round", "accepted", "missed", "seconds", "metrics", "evaluation"}
     rounds = lines(finished.run.path / "metrics.jsonl")
     assert [set(line) for line in rounds] == [fields] * ROUNDS
-    assert [line["metrics"] for line in rounds] == [{}] * ROUNDS
-    assert "keep their figures" in (finished.run.path / "report.html").read_text()
+    assert [(line["metrics"], line["evaluation"]) for line in rounds] == [({}, {})] * ROUNDS
+    assert "keep their exact figures" in (finished.run.path / "report.html").read_text()
     # There was something to keep: each holder evaluated, and noted it down at home.
     for name in (*CLINICS, OWN_FILE):
         assert lines(finished.federation.holder(name) / "metrics.jsonl")[-1]["metrics"]["auc"] > 0
@@ -177,10 +177,36 @@ def test_three_runs_cost_what_their_steps_cost_together_and_a_fourth_is_refused(
     assert f"0.00 of {budget:.2f} is left" in said
 
 
+def test_evaluations_are_released_at_their_price_and_once(tmp_path: Path) -> None:
+    """Over the real link: noised counts come, figures with error bars are in the run's folder."""
+    federation = Federation(tmp_path)
+    federation.enrol(*CLINICS)
+    with ExitStack() as stack:
+        for name in CLINICS:
+            sotto(
+                "policy", "init", "--state", federation.holder(name), "--task", "medical-diagnosis",
+                "--source", SOURCE, "--budget", 20, "--evaluation", "histogram",
+            )  # fmt: skip
+        clinics = [stack.enter_context(federation.join(name)) for name in CLINICS]
+        asked = ("--evaluate", "every 2", "--evaluation-epsilon", 8)
+        coordinator = stack.enter_context(federation.serve("--rounds", 3, *asked))
+        assert ended(coordinator, *clinics) == 0, coordinator.last_words()
+    found = [line["evaluation"] for line in federation.rounds()]
+    assert [bool(each) for each in found] == [False, True, True]
+    assert 0 <= found[-1]["accuracy"]["low"] <= found[-1]["accuracy"]["high"] <= 1
+    assert not any(line["metrics"] for line in federation.rounds())
+    assert "From noised histograms" in (federation.runs[-1].path / "report.html").read_text()
+    plan = federation.runs[-1].plan
+    for name in CLINICS:
+        account = federation.account(name)
+        assert account.states == {"reserved": 5, "committed": 5}, "three updates, two evaluations"
+        assert account.epsilon == pytest.approx(epsilon(plan.composition(), plan.privacy.delta))
+
+
 # -- power cuts -----------------------------------------------------------------------------------
 
 # Long enough to be cut in the middle; evaluation would only slow it down.
-LONG = ("--rounds", 200, "--epsilon", EPSILON, "--evaluate-every", 0)
+LONG = ("--rounds", 200, "--epsilon", EPSILON, "--evaluate", "never")
 
 
 def wait_for_round(federation: Federation, number: int, *watching: Process) -> None:

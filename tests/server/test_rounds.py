@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Error, MetricRecord, RecordDict
 
-from common.errors import RunError
+from common.errors import Refusal, RunError
 from common.plan import TrainingPlan
 from common.settings import plan_for
-from common.wire import FAILED
+from common.wire import FAILED, refusal_error
 from server.aggregation import STRATEGIES, build_strategy
 from server.checkpoints import Checkpoints, RunState
 from server.rounds import RoundSummary, evaluate, rounds
@@ -100,6 +100,50 @@ def test_a_round_waits_for_a_holder_that_is_needed_and_not_there() -> None:
     assert summary.accepted == ("a", "b")
     _, summary = next(train(Late(looks=3), plan(min_holders=1), start()))
     assert summary.accepted == ("a",)  # enough without it
+
+
+class Declined(FakeGrid):
+    """Two holders are there, one of which declines; a third comes when it has been looked for."""
+
+    def __init__(self, looks: int, patience: float) -> None:
+        refusal = refusal_error(Refusal("budget", "nothing is left"))
+        super().__init__(
+            {"a": pulls_towards(1.0), "no": lambda _: refusal, "late": pulls_towards(2.0)}
+        )
+        self.looks, self._patience = looks, patience
+
+    @property
+    def patience(self) -> float:
+        return self._patience
+
+    def get_node_ids(self) -> list[int]:
+        self.looks -= 1
+        return super().get_node_ids()[: 2 if self.looks >= 0 else 3]
+
+
+def test_a_holder_that_declines_does_not_hold_up_those_who_would_not() -> None:
+    state, summary = next(train(Declined(5, patience=60.0), plan(min_holders=2), start()))
+    assert summary.accepted == ("a", "late")
+    assert summary.missed == {"no": "declined: budget: nothing is left"}
+    both = FakeGrid({"a": pulls_towards(1.0), "late": pulls_towards(2.0)})
+    without, _ = next(train(both, plan(min_holders=2), start()))
+    assert np.array_equal(state.parameters, without.parameters)
+
+
+def test_nobody_is_waited_for_where_nobody_can_come() -> None:
+    grid = Declined(10**9, patience=0.0)
+    with pytest.raises(RunError, match="1 of at least 2 updates"):
+        next(train(grid, plan(min_holders=2), start()))
+    assert [name for name, _, _ in grid.asked] == ["a", "no"]  # and each once
+
+
+def test_of_a_cohort_that_falls_short_only_as_many_others_are_asked_as_are_lacking() -> None:
+    refusal = refusal_error(Refusal("budget", "nothing is left"))
+    unwilling = {f"no{number}": (lambda _: refusal) for number in range(4)}
+    grid = FakeGrid({**unwilling, **{f"h{number}": pulls_towards(1.0) for number in range(50)}})
+    _, summary = next(train(grid, plan(min_holders=10, cohort=10), start()))
+    assert len(summary.accepted) == 10
+    assert len(grid.asked) == 10 + len(summary.missed)
 
 
 def test_a_holder_that_does_not_come_in_time_is_not_waited_for_any_longer() -> None:
@@ -192,6 +236,6 @@ def test_evaluation_shows_only_what_holders_share() -> None:
     )
     summary = RoundSummary(1, ("open",), {}, 0.1)
     state = RunState("run", 1, np.zeros(D, np.float32))
-    evaluated = evaluate(grid, plan(), state, summary)
+    evaluated = evaluate(grid, plan(), TinyTask(), state, summary)
     assert evaluated.metrics == {"open": {"auc": 0.7}}
     assert "rejected" in evaluated.missed["odd"]

@@ -256,3 +256,8 @@ def test_a_delta_that_means_nothing_is_refused(engine: str) -> None:
 def test_a_plan_for_far_smaller_holders_is_declined(engine: str) -> None:
     with pytest.raises(RunError, match="declined: holder_size"):
         simulate(engine=engine, holder_size=2)
+
+
+def test_where_holders_are_the_unit_there_are_no_baselines() -> None:
+    with pytest.raises(ConfigurationError, match="nothing about one holder can be learned"):
+        simulate(unit="holder", baselines=True)

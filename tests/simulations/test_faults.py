@@ -472,7 +472,7 @@ ROBUST = (
 @cache
 def trained(attack: str | None, **settings: object) -> Vector:
     faults = None if attack is None else Faults(byzantine=Byzantine.parsed(f"0.3:{attack}"))
-    settings = {"rounds": 20, "learning_rate": 0.2, "evaluate_every": 0, **settings}
+    settings = {"rounds": 20, "learning_rate": 0.2, "evaluate": "never", **settings}
     return simulate(faults, **settings).runs[0].parameters
 
 
@@ -648,3 +648,19 @@ def test_every_attack_is_in_the_documents() -> None:
         assert attack.source.partition(" (")[0].partition(",")[0] in text, name
         if attack.strength is not None:
             assert f"| {attack.strength:g} |" in text, name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lies_that_are_short_enough_count_where_holders_are_the_unit(engine: str) -> None:
+    """C adapts, so what is short enough is what the round's request says, and bits must survive."""
+    settings = {"no_dp": None, "epsilon": 8.0, "unit": "holder", "clipping": "adaptive"}
+    quiet = Faults(byzantine=Byzantine(0.3, "sign-flip"))
+    honest = simulate(None, engine, clip_norm=0.3, **settings).runs[0]
+    forged = simulate(quiet, engine, clip_norm=0.3, **settings).runs[0]
+    assert all(len(summary.accepted) == 10 for summary in forged.history)
+    assert not np.allclose(honest.parameters, forged.parameters, atol=1e-3)
+
+    loud = Faults(byzantine=Byzantine(0.3, "scale"))
+    rejected = simulate(loud, engine, clip_norm=0.3, **settings).runs[0]
+    assert len(rejected.history[0].accepted) == 7
+    assert all("reply rejected" in why for why in rejected.history[0].missed.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from client.app import Holder
+from client.holder import Holder
 from common.data.on_demand import OnDemand
 from common.errors import RunError, WireError
 from common.flower import BaseGrid
@@ -21,9 +22,11 @@ from common.tasks.base import Examples, HolderData, HolderTables
 from common.tasks.parameters import initial_parameters
 from common.wire import EvaluateReply, RoundRequest, TrainReply
 from server.aggregation import build_strategy
+from server.central import combination_of
 from server.checkpoints import RunState
 from server.grid import LinkGrid
-from server.rounds import cohort_of, evaluate, next_round
+from server.rounds import RoundSummary, cohort_of, evaluate, next_round
+from server.runs import RunResult
 from simulations.experiment import Experiment, run_experiment
 from simulations.grid import BatchedGrid, InProcessGrid, simulated_holder
 from simulations.jobs import Job, Outcome
@@ -226,6 +229,11 @@ def with_nan(data: HolderData) -> HolderData:
     return HolderData(Examples({"x": x, "y": data.train["y"]}), data.test)
 
 
+def one_round(grid: BaseGrid, plan: TrainingPlan) -> tuple[RunState, RoundSummary]:
+    """The first round of a plan."""
+    return next_round(grid, plan, build_strategy(plan), begun(plan), combination_of(plan))
+
+
 def begun(wanted: TrainingPlan) -> RunState:
     return RunState("run", 0, initial_parameters(TinyTask(), wanted.seed))
 
@@ -235,13 +243,13 @@ def test_an_update_that_is_not_finite_is_rejected_and_the_others_count(strategy:
     wanted = plan(no_dp=True, epsilon=None, strategy=strategy, min_holders=2)
     data = TinyTask().holder_data(3)
     spoiled, _ = batched({**data, "h1": with_nan(data["h1"])})
-    state, summary = next_round(spoiled, wanted, build_strategy(wanted), begun(wanted))
+    state, summary = one_round(spoiled, wanted)
     assert summary.accepted == ("h0", "h2")
     assert summary.missed.keys() == {"h1"}
     assert "NaN or infinite" in summary.missed["h1"]
 
     others, _ = batched({name: data[name] for name in ("h0", "h2")})
-    expected, _ = next_round(others, wanted, build_strategy(wanted), begun(wanted))
+    expected, _ = one_round(others, wanted)
     np.testing.assert_allclose(state.parameters, expected.parameters, rtol=1e-6, atol=1e-7)
 
 
@@ -250,7 +258,7 @@ def test_too_few_updates_end_the_round_with_every_reason() -> None:
     data = TinyTask().holder_data(3)
     spoiled, _ = batched({**data, "h1": with_nan(data["h1"])})
     with pytest.raises(RunError, match=r"2 of at least 3 updates .*h1: reply rejected"):
-        next_round(spoiled, wanted, build_strategy(wanted), begun(wanted))
+        one_round(spoiled, wanted)
 
 
 def test_a_holder_whose_data_break_misses_the_round() -> None:
@@ -262,10 +270,10 @@ def test_a_holder_whose_data_break_misses_the_round() -> None:
         return data[name]
 
     grid, _ = batched(OnDemand(list(data), build))
-    state, summary = next_round(grid, wanted, build_strategy(wanted), begun(wanted))
+    state, summary = one_round(grid, wanted)
     assert summary.accepted == ("h0", "h2")
     assert "OSError" in summary.missed["h1"]
-    judged = evaluate(grid, wanted, state, summary)
+    judged = evaluate(grid, wanted, TinyTask(), state, summary)
     assert judged.metrics.keys() == {"h0", "h2"}
     assert "h1" in judged.missed
 
@@ -288,7 +296,7 @@ def test_only_the_grid_says_whom_a_reply_speaks_for() -> None:
         assert one.answered_by is BaseGrid.answered_by
     (reply,) = grid.send_and_receive(requests(grid, wanted, 1)[:1])
     assert list(grid.answered_by(reply)) == [2]
-    _, summary = next_round(grid, wanted, build_strategy(wanted), begun(wanted))
+    _, summary = one_round(grid, wanted)
     assert summary.accepted == ("honest", "other")
     assert "weight" in summary.missed["liar"]
 
@@ -322,7 +330,7 @@ def final(engine: str = "batched", seed: int = 0, **settings: object) -> np.ndar
         {"strategy": "fedadam", "server_learning_rate": 0.1},
         {"strategy": "fedmedian"},
         {"cohort": 3, "batch_size": 8},
-        {"evaluate_every": 0, "average_from": 0.5},
+        {"evaluate": "never", "average_from": 0.5},
         {"epsilon": None, "no_dp": True, "momentum": 0.5, "batch_size": 2},
     ],
     ids=str,
@@ -332,6 +340,58 @@ def test_the_final_model_is_that_of_opacus(settings: dict[str, object]) -> None:
     np.testing.assert_allclose(one, final("opacus", **settings), rtol=0, atol=1e-5)
     assert np.array_equal(one, final(**settings)), "the same seed, the same bits"
     assert np.abs(one - final(seed=1, **settings)).max() > 1e-3, "another seed shows"
+
+
+def of_holders(engine: str = "batched", seed: int = 0, **settings: object) -> RunResult:
+    """A run of 12 holders that are the unit themselves."""
+    common = {"unit": "holder", "epsilon": 5.0, "clip_norm": 0.3, "rounds": 6, "local_steps": 2}
+    wanted = plan_for(TinyTask(), {"holder_size": 40, **common, **settings}, holders=12)
+    return run_experiment(Experiment(TinyTask(), wanted, (seed,), 12, engine=engine)).runs[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cohort": 4},
+        {"cohort": 6, "clipping": "adaptive", "strategy": "fedadam"},
+        {"mechanism": "banded", "bands": 3, "average_from": 0.5},
+    ],
+    ids=str,
+)
+def test_with_holders_as_the_unit_both_engines_agree(settings: dict[str, object]) -> None:
+    one, other = of_holders(**settings), of_holders("opacus", **settings)
+    np.testing.assert_allclose(one.parameters, other.parameters, rtol=0, atol=1e-5)
+    took_part = [set(summary.accepted) for summary in one.history]
+    assert took_part == [set(summary.accepted) for summary in other.history]
+    assert len({frozenset(names) for names in took_part}) > 1, "not the same holders every round"
+    assert np.array_equal(one.parameters, of_holders(**settings).parameters)
+    assert np.abs(one.parameters - of_holders(seed=1, **settings).parameters).max() > 1e-3
+
+
+def test_holders_are_clipped_each_before_they_are_summed() -> None:
+    """Negative control in one: the plain sum of the same updates is longer than 3C."""
+    wanted = plan_for(
+        TinyTask(),
+        {"unit": "holder", "epsilon": 5.0, "clip_norm": 0.01, "local_steps": 9, "holder_size": 40},
+        holders=3,
+    )
+    data = TinyTask().holder_data(3)
+    grid, _ = batched({**data, "h1": with_nan(data["h1"])})
+    request = RoundRequest("run", 1, wanted, np.zeros(4, np.float32), 0.01)
+
+    def sum_of(asked: RoundRequest) -> TrainReply:
+        content = asked.records()
+        messages = [Message(content, node, "train") for node in grid.get_node_ids()]
+        (reply,) = grid.send_and_receive(messages)
+        return TrainReply.of(reply.content, wanted, 4, holders=3, clip_norm=asked.clip_norm or 1e6)
+
+    clipped = sum_of(request)
+    assert clipped.weight == 3.0
+    assert clipped.within == 0
+    assert np.linalg.norm(clipped.update) * 3 <= 2 * 0.01 * (1 + 1e-4), "a NaN adds nothing"
+    loose = sum_of(replace(request, clip_norm=1e6))
+    assert loose.within == 2
+    assert np.linalg.norm(loose.update) * 3 > 30 * 0.01
 
 
 @pytest.mark.parametrize(("most", "fewest", "jobs"), [(1, 1, 6), (2, 1, 4), (4, 3, 2), (2, 2, 4)])

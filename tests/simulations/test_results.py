@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.plan import NonPrivate
+from common.guarantees import NonPrivate
 from common.settings import plan_for
 from common.tasks.base import Examples
 from simulations.experiment import Experiment, ExperimentResult, run_experiment

@@ -308,3 +308,8 @@ def test_progress_grows_to_one() -> None:
     run_sweep(sweep(epsilon=[1.0, math.inf]), on_progress=lambda share, _: shares.append(share))
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
+
+
+def test_where_holders_are_the_unit_there_is_no_sweep() -> None:
+    with pytest.raises(ConfigurationError, match="run 'sotto simulate' for each setting"):
+        sweep(unit="holder", epsilon=[1.0, 2.0])

@@ -24,7 +24,18 @@ from common.tasks import load
 from common.tasks.base import Examples, HolderData, Task
 from simulations import workers as module
 from simulations.grid import simulated_holder
-from simulations.jobs import FEWEST, SEVERAL, Assignment, Cut, Job, Outcome, Total, jobs_of, merged
+from simulations.jobs import (
+    FEWEST,
+    SEVERAL,
+    Assignment,
+    Cut,
+    Figures,
+    Job,
+    Outcome,
+    Total,
+    jobs_of,
+    merged,
+)
 from simulations.sums import ExactSum
 from simulations.workers import MOST, UNLIKE, BlockTrainer, InProcess
 from tests.tiny import FEATURES, TinyTask, table
@@ -146,17 +157,19 @@ def test_holders_metrics_are_those_that_they_get_alone() -> None:
     together = BlockTrainer(task, data, CPU).evaluate(job_of(list(data), plan_of(task)))
     for name, found in zip(data, together, strict=True):
         alone = BlockTrainer(task, data, CPU).evaluate(job_of([name], plan_of(task)))
-        assert isinstance(found, dict)
-        assert found == pytest.approx(alone[0], nan_ok=True)
-    assert isinstance(together[1], dict)
-    assert math.isnan(together[1]["accuracy"]), "it has no held-out units"
+        (only,) = alone
+        assert isinstance(found, Figures)
+        assert isinstance(only, Figures)
+        assert found.metrics == pytest.approx(only.metrics, nan_ok=True)
+    assert isinstance(together[1], Figures)
+    assert math.isnan(together[1].metrics["accuracy"]), "it has no held-out units"
 
 
 def test_nobody_with_held_out_units_is_no_error() -> None:
     task = TinyTask()
     data = {name: holder(task, 5, 0, test=0) for name in ("h0", "h1")}
     found = BlockTrainer(task, data, CPU).evaluate(job_of(list(data), plan_of(task)))
-    assert all(isinstance(one, dict) and math.isnan(one["accuracy"]) for one in found)
+    assert all(isinstance(one, Figures) and math.isnan(one.metrics["accuracy"]) for one in found)
 
 
 def test_a_job_may_have_several_points() -> None:
@@ -490,7 +503,7 @@ def test_a_full_shelf_keeps_what_it_has_and_results_stay(monkeypatch: pytest.Mon
             job = job_of([name], PLAN, number=number)
             one, other = roomy.train(job), narrow.train(job)
             assert torch.equal(one.totals[0].mean(), other.totals[0].mean())
-    assert list(narrow._blocks._blocks) == [("train", "h0")]
+    assert list(narrow._blocks._blocks) == [("train", ("h0", ()))]
     assert len(roomy._blocks._blocks) == 3
 
 

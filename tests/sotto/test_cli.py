@@ -23,6 +23,8 @@ from sotto.options import _PLAN, _SHARED, Settings
 from tests.commands import sotto
 
 TASK = "medical-diagnosis"
+ANYWHERE = ("--insecure", "--listen", "127.0.0.1:0")
+"""A coordinator on whatever port is free."""
 
 
 def flag(name: str) -> str:
@@ -112,7 +114,7 @@ def test_a_config_that_is_not_there_or_not_toml_is_refused(tmp_path: Path) -> No
 
 def simulated(tmp_path: Path, *flags: object) -> TrainingPlan:
     out = tmp_path / "run"
-    said = sotto("simulate", TASK, "--evaluate-every", 0, "--quiet", "--out", out, *flags)
+    said = sotto("simulate", TASK, "--evaluate", "never", "--quiet", "--out", out, *flags)
     assert said.code == 0, said.err
     return RunFolder(out).plan
 
@@ -135,7 +137,11 @@ def test_flags_beat_the_file_and_the_file_beats_what_the_task_recommends(tmp_pat
     ("words", "says"),
     [
         (["simulat"], "No such command 'simulat'"),
-        (["simulat"], "There are: data, demo, join, keys, serve, simulate, sweep, tasks"),
+        (
+            ["simulat"],
+            "There are: audit, data, demo, join, keys, ledger, policy, serve, simulate, stats, "
+            "sweep, tasks, tune",
+        ),
         (["keys", "sign"], "There are: approve, install, list, request"),
         (["simulate"], "Missing argument 'TASK'"),
         (["simulate", TASK, "--rouns", "3"], "No such option '--rouns'"),
@@ -154,9 +160,10 @@ def test_flags_beat_the_file_and_the_file_beats_what_the_task_recommends(tmp_pat
         (["simulate", TASK, "--engine", "mine"], "there is no engine 'mine'; there are batched"),
         (["simulate", TASK, "--strategy", "krum", "--malicious", "1"], "needs at least 5 holders"),
         (["simulate", TASK, "--json", "no/such/folder.json"], "must be a file in a folder"),
-        (["serve", TASK, "--state", "s", "--strategy", "mine", "--insecure"], "there are fedavg, "),
+        (["serve", TASK, "--state", "s", *ANYWHERE, "--strategy", "mine"], "there are fedavg, "),
         (["serve", TASK, "--state", "s", "--listen", "here", "--insecure"], "use HOST:PORT"),
         (["demo", "--seeds", "2"], "a demo is one run, got seeds=2; use 'sotto simulate'"),
+        (["demo", "--unit", "holder"], "where holders are the unit nothing about one holder can"),
     ],
 )
 def test_a_mistake_is_a_sentence_and_leaves_nothing_behind(

@@ -13,11 +13,12 @@ import pytest
 
 from common.plan import TrainingPlan
 from common.settings import plan_for
+from common.tasks.histograms import Estimate
 from server.rounds import RoundSummary
 from server.runs import RunResult
 from simulations.results import privacy_document, summarise
 from sotto.report import epsilon_curve, write_report
-from tests.tiny import TinyTask
+from tests.tiny import CountedTask, TinyTask
 
 SHARED = {"h0": {"accuracy": 0.5}, "h1": {"accuracy": 0.9}}
 Metrics = Mapping[str, Mapping[str, float]]
@@ -143,7 +144,7 @@ def test_several_seeds_have_a_deviation(tmp_path: Path) -> None:
 
 def test_without_shared_metrics_it_says_that_the_holders_keep_them(tmp_path: Path) -> None:
     page = report(tmp_path, plan(), history())
-    assert "The holders keep their figures" in page
+    assert "The holders keep their exact figures" in page
     assert "mean, and each holder" not in page
     assert "ε spent by each holder" in page
 
@@ -202,3 +203,35 @@ def test_the_curve_of_epsilon_ends_at_the_target(rounds: int) -> None:
     assert len(numbers) <= 20
     assert list(epsilons) == sorted(epsilons)
     assert 1.99 < epsilons[-1] <= 2.0
+
+
+def test_released_figures_have_their_price_and_error_bars(tmp_path: Path) -> None:
+    """What is lost in the noise is a dash, in the table and in the drawing."""
+    wanted = plan_for(CountedTask(), {"rounds": 4, "epsilon": 2.0, "evaluation_epsilon": 0.5})
+    lost = Estimate(math.nan, math.nan, math.nan)
+    found = {"accuracy": Estimate(0.81, 0.77, 0.85), "auc": lost}
+    rounds = [
+        RoundSummary(number, ("h0",), {}, 0.1, {}, found if number == 4 else {})
+        for number in range(1, 5)
+    ]
+    evaluation = {"accuracy": {"value": 0.81, "low": 0.77, "high": 0.85}}
+    evaluation["auc"] = dict.fromkeys(("value", "low", "high"))
+    price = {"epsilon": 0.5, "delta": 1e-4, "noise_multiplier": 6.0, "evaluations": 1}
+    page = report(tmp_path, wanted, rounds, evaluation=evaluation, evaluation_price=price)
+    assert "From noised histograms" in page
+    assert "0.770 to 0.850" in page
+    assert "<td>–</td>" in page
+    assert "– to –" not in page
+    assert "too few held-out units for the noise" in page
+    assert "(0.5, 0.0001)-differentially private" in page
+
+
+def test_the_curve_of_the_account_has_the_evaluations_in_it() -> None:
+    settings = {"rounds": 4, "epsilon": 2.0, "evaluate": "every 2"}
+    priced = plan_for(CountedTask(), {**settings, "evaluation_epsilon": 1.0})
+    free = plan_for(CountedTask(), settings)
+    numbers, spent = epsilon_curve(priced)
+    without = dict(zip(*epsilon_curve(free), strict=True))
+    more = [value - without[number] for number, value in zip(numbers, spent, strict=True)]
+    assert more[0] == pytest.approx(0.0, abs=1e-6)
+    assert all(difference > 0.01 for difference in more[1:])

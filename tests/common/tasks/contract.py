@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 from opacus import GradSampleModule
@@ -113,6 +114,43 @@ def check_many_holders_are_judged_as_each_alone(task: Task, tests: Sequence[Exam
     assert pd.DataFrame(together).isna().all(axis=1).tolist() == [not size for size in sizes]
     evaluated = pd.DataFrame([task.evaluate(model, test) for test in tests])
     pd.testing.assert_frame_equal(pd.DataFrame(together), evaluated)
+
+
+@torch.no_grad()
+def check_histogram(task: Task, test: Examples) -> None:
+    """Adding a held-out unit adds one to one cell, whatever the model says of it.
+
+    That is what the price of an evaluation rests on; it must hold for a model that diverged too.
+    """
+    for model in (warmed(task, len(test)), _diverged(task, len(test))):
+        predictions = task.predictions(model, test)
+        cells = task.cells_of(predictions, test)
+        assert cells.dtype == torch.int64
+        assert cells.shape == (len(test),)
+        whole = task.histogram(predictions, test)
+        assert whole.shape == (task.cells,)
+        assert whole.sum() == len(test)
+        for left_out in range(min(5, len(test))):
+            rest = torch.tensor([row for row in range(len(test)) if row != left_out])
+            part = test.take(rest)
+            less = task.histogram(task.predictions(model, part), part)
+            assert (whole - less).tolist().count(1) == 1
+            assert (whole - less).abs().sum() == 1
+    for scale in (1.0, 1e6):
+        found = task.metrics_of(scale * whole.double().numpy(), 4.0)
+        assert task.headline in found
+        for estimate in found.values():
+            ends = (estimate.low, estimate.value, estimate.high)
+            assert np.isnan(ends).all() or 0 <= ends[0] <= ends[1] <= ends[2] <= 1
+    empty = task.histogram(predictions[:0], test.take(torch.arange(0)))
+    assert empty.tolist() == [0] * task.cells
+
+
+def _diverged(task: Task, units: int) -> nn.Module:
+    model = warmed(task, units)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    return model
 
 
 def check_recommended(task: BinaryTask) -> None:

@@ -1,5 +1,6 @@
 """Classification metrics against scikit-learn's and against their definitions."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ from common.tasks.metrics import (
     classification_metrics,
     classification_metrics_by_holder,
 )
+from common.tasks.score_histogram import EDGES
 
 rows = st.lists(
     st.tuples(st.integers(0, 1), st.sampled_from([0.0, 0.1, 0.3, 0.49, 0.51, 0.7, 1.0])),
@@ -40,8 +42,18 @@ def test_every_metric_equals_scikit_learns(drawn: list[tuple[int, float]]) -> No
         "brier": brier_score_loss(labels, scores),
         "recall": recall_score(labels, found),
         "f1": f1_score(labels, found),
+        "calibration": _calibration_error(labels, scores),
     }
     assert classification_metrics(labels, scores) == pytest.approx(expected)
+
+
+def _calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
+    """By its definition: each bin's share of rows times how far its means are apart."""
+    edges = [-math.inf, *EDGES, math.inf]
+    bins = [(scores > low) & (scores <= high) for low, high in itertools.pairwise(edges)]
+    return sum(
+        own.mean() * abs(labels[own].mean() - scores[own].mean()) for own in bins if own.any()
+    )
 
 
 def test_a_single_class_leaves_what_compares_classes_undefined() -> None:
@@ -103,6 +115,7 @@ def by_definition(rows: list[Row]) -> dict[str, float]:
         "brier": np.mean((scores - labels) ** 2),
         "recall": hits / len(ones) if len(ones) else math.nan,
         "f1": 2 * hits / (found.sum() + len(ones)) if found.sum() + len(ones) else math.nan,
+        "calibration": _calibration_error(labels, scores),
     }
 
 

@@ -221,6 +221,7 @@ def test_the_contract_holds(task: Recommendation) -> None:
     shops = list(task.holder_data(40).values())
     contract.check_batches_are_pure(task, shops[0].train)
     contract.check_predictions_are_per_unit(task, shops[0].test)
+    contract.check_histogram(task, shops[0].test)
     contract.check_many_holders_are_judged_as_each_alone(task, [shop.test for shop in shops])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from client.app import Holder, build_app
+from client.app import build_app
+from client.holder import Holder
 from client.policy import Policy
 from client.state import KEPT_RUNS, HolderState
 from common.errors import ConfigurationError, Refusal
@@ -28,7 +30,7 @@ TASK = TinyTask()
 
 
 def plan(**settings: object) -> TrainingPlan:
-    return plan_for(TASK, {"epsilon": 1.0, "rounds": 5, **settings})
+    return plan_for(TASK, {"epsilon": 1.0, "rounds": 5, "min_holders": 2, **settings})
 
 
 def request(number: int = 1, run: str = "run", **settings: object) -> RoundRequest:
@@ -37,7 +39,9 @@ def request(number: int = 1, run: str = "run", **settings: object) -> RoundReque
 
 def holder(state: HolderState, **policy: object) -> Holder:
     data = HolderData(TASK.examples(table(40)), TASK.examples(table(20, seed=1)))
-    rules = Policy("patients", **{"budget": Budget(5.0, 1e-4), "size_class": 40, **policy})  # type: ignore[arg-type]
+    rules = Policy.model_validate(
+        {"data_set": "patients", "budget": Budget(5.0, 1e-4), "size_class": 40, **policy}
+    )
     return Holder("clinic", TASK, data, rules, state, torch.device("cpu"))
 
 
@@ -189,6 +193,44 @@ def test_work_that_a_crash_cut_short_is_done_under_the_same_reservation(
         assert clinic.spent() == reserved
 
 
+def test_a_failure_is_no_question_that_may_be_asked_of_one_model_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it fails may depend on the data, and one charge pays for one answer."""
+    other = replace(request(), parameters=request().parameters + 1)
+    with HolderState.at(tmp_path) as state:
+        clinic = holder(state)
+        with monkeypatch.context() as broken:
+            broken.setattr(clinic.trainer, "train", failing("patient 17"))
+            assert ask(clinic, request()).error.reason == "ValueError"
+            assert "failed here before" in str(ask(clinic, other).error.reason)
+        assert "failed here before" in str(ask(clinic, other).error.reason)
+        assert ask(clinic, request()).has_content(), "the same request is answered after all"
+        assert ask(clinic, replace(other, round=2)).has_content()
+
+
+def test_a_stored_answer_resolves_what_a_crash_left_reserved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the answer was stored and before the commit: it is given, not made again."""
+    with HolderState.at(tmp_path) as state:
+        clinic = holder(state)
+        with monkeypatch.context() as crash:
+            crash.setattr(state.ledger, "commit", lambda *_: (_ for _ in ()).throw(MemoryError()))
+            with pytest.raises(MemoryError):
+                clinic.train(request())
+        stored = state.answers.digest("run/000001")
+        spent = clinic.spent()
+    with HolderState.at(tmp_path) as state:
+        entry = state.ledger.find("run/000001")
+        assert entry is not None
+        assert (entry.state, entry.reply_digest) == ("committed", stored)
+        clinic = holder(state)
+        clinic.trainer.train = lambda *_, **__: pytest.fail("computed twice")  # type: ignore[method-assign]
+        clinic.train(request())
+        assert clinic.spent() == spent
+
+
 def test_a_request_that_no_model_here_fits_costs_nothing(tmp_path: Path) -> None:
     with HolderState.at(tmp_path) as state:
         clinic = holder(state)
@@ -200,7 +242,7 @@ def test_a_request_that_no_model_here_fits_costs_nothing(tmp_path: Path) -> None
 def test_a_stored_answer_is_for_the_request_it_answered(tmp_path: Path) -> None:
     """An answer without privacy must not leave again for a plan with privacy, unpaid."""
     with HolderState.at(tmp_path) as state:
-        holder(state, allow_unprotected=True).train(request(no_dp=True, epsilon=None))
+        holder(state, unprotected=True).train(request(no_dp=True, epsilon=None))
     with HolderState.at(tmp_path) as state:
         clinic = holder(state)
         with pytest.raises(Refusal, match=r"answered before with another .*event"):
@@ -212,12 +254,13 @@ def test_answers_of_the_last_runs_only_are_kept_and_never_the_new_one_dropped(
 ) -> None:
     with HolderState.at(tmp_path) as state:
         clinic = holder(state, budget=Budget(50.0, 1e-4))
-        for run in range(10):
+        for run in range(KEPT_RUNS + 2):
             for number in (3, 4, 5, 1):  # round 1 last: an older round, asked later
-                clinic.train(request(number, f"run{run}"))
+                clinic.train(request(number, f"run{run}", rounds=500))
         runs = list((tmp_path / "answers").iterdir())
         assert len(runs) == KEPT_RUNS
-        kept = sorted(path.stem for path in (tmp_path / "answers" / "run9").iterdir())
+        last = tmp_path / "answers" / f"run{KEPT_RUNS + 1}"
+        kept = sorted(path.stem for path in last.iterdir())
         assert kept == ["000001", "000005"]
 
 
@@ -245,7 +288,8 @@ def test_an_answer_that_is_gone_is_not_computed_twice(tmp_path: Path) -> None:
 def test_metrics_stay_here_unless_shared(tmp_path: Path) -> None:
     with HolderState.at(tmp_path) as state:
         kept = ask(holder(state), request(), "evaluate")
-        shared = ask(holder(state, share_metrics=True), request(), "evaluate")
+        public = holder(state, evaluation="exact", unprotected=True)
+        shared = ask(public, request(), "evaluate")
     assert set(kept.content["metrics"]) == {"weight"}
     assert set(shared.content["metrics"]) == {"weight", "accuracy"}
     assert (tmp_path / "metrics.jsonl").read_text().count("accuracy") == 2
@@ -253,7 +297,7 @@ def test_metrics_stay_here_unless_shared(tmp_path: Path) -> None:
 
 def test_a_plan_without_privacy_makes_every_later_budget_void(tmp_path: Path) -> None:
     with HolderState.at(tmp_path) as state:
-        clinic = holder(state, allow_unprotected=True)
+        clinic = holder(state, unprotected=True)
         clinic.train(request(run="exact", no_dp=True, epsilon=None))
         assert clinic.spent() == float("inf")
         with pytest.raises(Refusal, match="infinite"):
@@ -281,7 +325,7 @@ def test_no_refusal_depends_on_the_data() -> None:
             "clinic",
             TASK,
             HolderData(TASK.examples(table(units)), TASK.examples(table(5, seed=1))),
-            Policy("patients", Budget(5.0, 1e-4), size_class=40),
+            Policy(data_set="patients", budget=Budget(5.0, 1e-4), size_class=40),
             HolderState.in_memory(),
             torch.device("cpu"),
         )
@@ -298,3 +342,47 @@ def test_no_refusal_depends_on_the_data() -> None:
 def test_simulated_noise_is_seeded_and_deployed_noise_is_not(tmp_path: Path) -> None:
     with HolderState.at(tmp_path) as state:
         assert not holder(state).randomness(request()).predictable
+
+
+# -- where holders are the unit -------------------------------------------------------------------
+
+
+def for_holders(**settings: object) -> RoundRequest:
+    asked = request(unit="holder", clip_norm=0.25, local_steps=20, **settings)
+    return replace(asked, clip_norm=0.25)
+
+
+def test_a_holder_with_a_budget_sends_nothing_to_a_coordinator_that_it_would_have_to_trust(
+    tmp_path: Path,
+) -> None:
+    with HolderState.at(tmp_path) as state:
+        clinic = holder(state)
+        reply = ask(clinic, for_holders())
+        assert reply.has_error()
+        assert reply.error.reason.startswith("unprotected: ")
+        assert not state.ledger.entries("patients")
+
+
+def test_one_that_trusts_it_clips_its_whole_update_and_accounts_for_it_as_unprotected(
+    tmp_path: Path,
+) -> None:
+    with HolderState.at(tmp_path) as state:
+        clinic = holder(state, unprotected=True)
+        asked = for_holders()
+        reply = ask(clinic, asked)
+        got = TrainReply.of(reply.content, asked.plan, 4, clip_norm=0.25)
+        assert np.linalg.norm(got.update) == pytest.approx(0.25)
+        assert got.within == 0, "it was longer than that"
+        loose = ask(clinic, replace(asked, round=2, clip_norm=100.0))
+        far = TrainReply.of(loose.content, asked.plan, 4, clip_norm=100.0)
+        assert far.within == 1
+        assert np.linalg.norm(far.update) > 0.5
+        assert clinic.spent() == float("inf")
+
+
+def test_the_bit_is_kept_with_the_answer(tmp_path: Path) -> None:
+    with HolderState.at(tmp_path) as state:
+        clinic = holder(state, unprotected=True)
+        first, again = ask(clinic, for_holders()), ask(clinic, for_holders())
+        assert first.content["metrics"] == again.content["metrics"]
+        assert first.content["metrics"]["within"] == 0

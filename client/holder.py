@@ -1,0 +1,355 @@
+"""A data holder's answers: train, evaluate, tell statistics, in the order that keeps account.
+
+    allowed?  →  answered before?  →  reserve  →  compute  →  store  →  commit  →  send
+
+Whatever is asked, it goes through :meth:`Holder._answered_once`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pandas as pd
+import torch
+
+from client.policy import Policy
+from client.requests import Request, Terms
+from client.state import Answer, HolderState, Stored
+from client.statistics import check_questions, statistics_reply
+from client.trainer import Trainer
+from common.errors import ConfigurationError, Refusal
+from common.privacy.discrete_noise import discrete_gaussian
+from common.privacy.events import DiscreteGaussian, Event
+from common.privacy.ledger import Budget, Release
+from common.privacy.noise import OsRandomness, Randomness
+from common.privacy.releases import Kind
+from common.privacy.step import clipped_updates
+from common.tasks.base import HolderData, Task, no_histogram
+from common.tasks.scaling import check_scaling, scaled
+from common.wire import (
+    EvaluateReply,
+    RoundRequest,
+    StatisticsReply,
+    StatisticsRequest,
+    TrainReply,
+    request_id,
+)
+
+__all__ = ["Holder", "RandomnessFor"]
+
+logger = logging.getLogger("sotto.holder")
+
+RandomnessFor = Callable[[Request], Randomness]
+
+
+def _unpredictable(request: Request) -> Randomness:
+    del request
+    return OsRandomness()
+
+
+@dataclass
+class Holder:
+    """A data holder, warm: what it serves, what it allows, and what it remembers.
+
+    Args:
+        name: as in its certificate.
+        task: what it has data for.
+        data: encoded, split.
+        policy: what it allows.
+        state: ledger and answers.
+        device: where model and data live.
+        coordinator: who asks, for the ledger.
+        randomness: of one request; unpredictable unless this is a simulation.
+        evaluation_randomness: the same for the noise of an evaluation, which must be another
+            stream than that of the training request of the same round.
+        seed: of the private parameters' start; None for an unpredictable one.
+        rows: the training rows before encoding, for statistics; None if there are to be none of
+            columns.
+
+    Raises:
+        ConfigurationError: the policy does not fit the data.
+    """
+
+    name: str
+    task: Task
+    data: HolderData
+    policy: Policy
+    state: HolderState
+    device: torch.device
+    coordinator: str = "coordinator"
+    randomness: RandomnessFor = _unpredictable
+    evaluation_randomness: RandomnessFor = _unpredictable
+    seed: int | None = None
+    rows: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        self.policy.check_data(len(self.data.train))
+        self.trainer = Trainer(self.task, self.data.train, self.device, seed=self.seed)
+        self._units = self.trainer.units_digest if self.task.private_parameters else ""
+        self._failed: dict[str, bytes] = {}
+
+    def train(self, request: RoundRequest) -> TrainReply:
+        """Answer a training request.
+
+        Raises:
+            Refusal: the policy or the budget does not allow it; nothing was computed.
+        """
+        plan = request.plan
+        self.policy.check(plan, self.task, self.coordinator)
+        self._check_dimension(request)
+        release = self._release(request, request.request_id, "update", plan.round_event())
+
+        def compute() -> Stored:
+            update, private = self.trainer.train(
+                plan,
+                torch.tensor(request.parameters),
+                self._private(request, request.round - 1),
+                self.randomness(request),
+                divisor=plan.divisor(self.policy.size_class),
+            )
+            weight, within = plan.weight(self.policy.size_class), None
+            if request.clip_norm is not None:
+                clipped, inside = clipped_updates(update.unsqueeze(0), request.clip_norm)
+                update, within = clipped[0], int(inside[0])
+            reply = TrainReply(update.numpy(), weight, within)
+            return Answer(reply, private, self._units).stored()
+
+        return Answer.of(self._answered_once(request, release, compute)).reply
+
+    def evaluate(self, request: RoundRequest) -> EvaluateReply:
+        """Evaluate on held-out units, note it down here, and send what plan and policy say.
+
+        That is a noised histogram where the plan pays for one, and exact metrics where the policy
+        says that the data are public; else nothing.
+
+        Raises:
+            Refusal: the policy or the budget does not allow it; nothing was computed.
+        """
+        self.policy.check(request.plan, self.task, self.coordinator)
+        self._check_dimension(request)
+        if request.plan.evaluation.kind == "histogram":
+            return self._released_histogram(request, request.plan.evaluation.event())
+        if self.policy.dry_run:
+            raise self._rehearsed(f"evaluated round {request.round}", request.run_id)
+        private = self._private(request, request.round)
+        try:
+            metrics = self.trainer.evaluate(
+                torch.tensor(request.parameters),
+                private,
+                scaled(self.data.test, request.plan.scaling),
+            )
+        except Exception:
+            if self.policy.share_metrics:
+                raise
+            # Nothing is paid for an evaluation, so not even whether it failed may be told.
+            logger.exception("the evaluation of round %d failed", request.round)
+            return EvaluateReply({})
+        self._note(request, metrics)
+        return EvaluateReply(metrics if self.policy.share_metrics else {})
+
+    def statistics(self, request: StatisticsRequest) -> StatisticsReply:
+        """Answer a request for statistics of the training rows.
+
+        Raises:
+            Refusal: the policy or the budget does not allow it; nothing was computed.
+        """
+        plan = request.plan
+        self.policy.check_statistics(Terms.of_statistics(plan), self.task, self.coordinator)
+        check_questions(plan, self.task, self.data.train, self.rows)
+        release = self._release(request, request.request_id, "statistics", plan.event())
+
+        def compute() -> Stored:
+            randomness = self.randomness(request)
+            reply = statistics_reply(plan, self.task, self.data.train, self.rows, randomness)
+            return Stored({"sums": reply.sums})
+
+        return StatisticsReply(self._answered_once(request, release, compute).tensors["sums"])
+
+    def spent(self) -> float:
+        """ε of everything released about the data set so far; infinite if any was unprotected."""
+        budget = self.policy.budget
+        delta = budget.delta if budget else self.task.source.delta
+        return self.state.ledger.epsilon(self.policy.data_set, delta)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _released_histogram(self, request: RoundRequest, event: DiscreteGaussian) -> EvaluateReply:
+        """Count held-out units by cell, with noise, at the plan's price."""
+        if not self.task.cells:
+            raise Refusal("evaluation", no_histogram(self.task))
+        if not request.plan.evaluates(request.round):
+            raise Refusal(
+                "evaluation", f"the plan has no evaluation after round {request.round} to pay for"
+            )
+        name = request_id(f"{request.run_id}.evaluation", request.round)
+        release = self._release(request, name, "evaluation", event)
+
+        def compute() -> Stored:
+            test = scaled(self.data.test, request.plan.scaling).to(self.device)
+            private = self._private(request, request.round)
+            parameters = torch.tensor(request.parameters)
+            predictions = self.trainer.predictions(parameters, private, test)
+            metrics = self.task.metrics(predictions, test)
+            self._note(request, metrics)
+            counts = self.task.histogram(predictions, test)
+            randomness = self.evaluation_randomness(request)
+            noise = discrete_gaussian(len(counts), event.noise_multiplier, randomness)
+            return Stored({"histogram": (counts + noise).numpy()}, {"metrics": json.dumps(metrics)})
+
+        stored = self._answered_once(request, release, compute)
+        metrics = json.loads(stored.about["metrics"]) if self.policy.share_metrics else {}
+        return EvaluateReply(metrics, stored.tensors["histogram"])
+
+    def _budget(self, request: Request) -> Budget | None:
+        """The budget to hold the ledger to; the policy has allowed a plan without privacy."""
+        exact = isinstance(request, RoundRequest) and request.plan.privacy.kind != "dp"
+        return None if exact else self.policy.budget
+
+    def _release(self, request: Request, request_id: str, kind: Kind, event: Event) -> Release:
+        return Release(
+            request_id=request_id,
+            data_set=self.policy.data_set,
+            task=self.task.name,
+            coordinator=self.coordinator,
+            run_id=request.run_id,
+            plan_digest=request.plan.digest,
+            round=request.round,
+            kind=kind,
+            event=event,
+        )
+
+    def _answered_once(
+        self, request: Request, release: Release, compute: Callable[[], Stored]
+    ) -> Stored:
+        """Reserve, compute, store, commit: in this order, and once for each request.
+
+        Raises:
+            Refusal: the budget does not allow it, or it failed before on another model; nothing
+                was computed.
+        """
+        terms = (release, self._budget(request), request.plan.composition(), self.policy.limits)
+        if self.policy.dry_run:
+            for refusal in self.state.ledger.refusals(*terms):
+                raise refusal
+            would = f"sent the {release.kind} of round {release.round}"
+            raise self._rehearsed(would, request.run_id)
+        stored = self._stored_answer(release)
+        if stored is not None:
+            return stored
+        self._check_failed(request, release)
+        self.state.ledger.reserve(*terms)
+        try:
+            answer = compute()
+        except Exception:
+            self._failed[release.request_id] = _model_digest(request)
+            raise
+        digest = self.state.answers.put(release.request_id, answer)
+        # Committed before the first byte leaves: after a crash the account shows too much, never
+        # too little.
+        self.state.ledger.commit(release.request_id, digest)
+        return answer
+
+    def _check_failed(self, request: Request, release: Release) -> None:
+        """Refuse another model under the name, and at the price, of a request that failed.
+
+        That it failed has been told and may depend on the data, so a coordinator that varies the
+        model could ask one question after another, all for the one charge. The same model may be
+        tried again. After a crash there is nothing to compare: nothing had been told.
+        """
+        failed = self._failed.get(release.request_id)
+        if failed is not None and failed != _model_digest(request):
+            raise Refusal(
+                "request",
+                f"round {release.round} failed here before with other parameters; ask with the "
+                "same, or for another round",
+            )
+
+    def _rehearsed(self, would: str, run_id: str) -> Refusal:
+        """What the policy's dry run says instead of an answer, here and to the coordinator."""
+        logger.warning("dry run: would have %s of run %s", would, run_id)
+        return Refusal(
+            "dry-run",
+            "the holder is on a dry run: it allows this request, and computes and sends nothing",
+        )
+
+    def _check_dimension(self, request: RoundRequest) -> None:
+        """Before anything is charged: is this a model that we can train, on inputs that we have?"""
+        got, have = len(request.parameters), self.trainer.dimension
+        if got != have:
+            raise Refusal(
+                "model",
+                f"the request has {got} shared parameters and this holder's model {have}; "
+                "the two sides need the same version of the task",
+            )
+        try:
+            check_scaling(request.plan.scaling, self.task, self.data.train)
+        except ConfigurationError as error:  # in figures of plan and task only
+            raise Refusal("scaling", str(error)) from None
+
+    def _stored_answer(self, release: Release) -> Stored | None:
+        """The answer given to this very request before; none if it was not answered yet."""
+        entry = self.state.ledger.find(release.request_id)
+        if entry is None or entry.state != "committed":
+            return None
+        if different := entry.release.differences(release):
+            raise Refusal(
+                "request",
+                f"round {release.round} was answered before with another {', '.join(different)}",
+            )
+        answer = self.state.answers.get(release.request_id, entry.reply_digest)
+        if answer is None:
+            raise Refusal(
+                "answered",
+                f"round {release.round} was answered before and the answer is no longer kept; "
+                "it will not be computed twice",
+            )
+        # Writes nothing new; it makes sure that the ledger's head, too, knows of the answer.
+        self.state.ledger.commit(release.request_id, entry.reply_digest)
+        return answer
+
+    def _private(self, request: RoundRequest, number: int) -> dict[str, torch.Tensor] | None:
+        """Private parameters after the last round of this run up to ``number`` answered here.
+
+        None, for a fresh start, if there are none or they belong to other units than ours.
+        """
+        if not self.task.private_parameters:
+            return None
+        for candidate in self.state.answers.rounds(request.run_id):
+            name = request_id(request.run_id, candidate)
+            entry = self.state.ledger.find(name) if candidate <= number else None
+            if entry is not None and entry.state == "committed":
+                stored = self.state.answers.get(name, entry.reply_digest)
+                answer = None if stored is None else Answer.of(stored)
+                if answer is not None and answer.units == self._units:
+                    return dict(answer.private)
+        return None
+
+    def _note(self, request: RoundRequest, metrics: dict[str, float]) -> None:
+        """Keep the holder's own figures in its own folder; they do not leave with this."""
+        if self.state.folder is None:
+            return
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "run": request.run_id,
+            "round": request.round,
+            "metrics": {name: None if value != value else value for name, value in metrics.items()},
+            "epsilon_spent": _finite(self.spent()),
+            "epsilon_budget": self.policy.budget.epsilon if self.policy.budget else None,
+        }
+        with (self.state.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _model_digest(request: Request) -> bytes:
+    """Names the model that a request brings; the same for all that bring none."""
+    model = request.parameters.tobytes() if isinstance(request, RoundRequest) else b""
+    return hashlib.sha256(model).digest()
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
