@@ -11,6 +11,21 @@ settings.register_profile("sotto", deadline=None)
 settings.load_profile("sotto")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--mutant NAME`` breaks the code on purpose: see tests/mutants.py."""
+    parser.addoption("--mutant", help="break the code on purpose; see tests/mutants.py")
+
+
+@pytest.fixture(autouse=True)
+def _mutated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant that was asked for, if any."""
+    name = request.config.getoption("--mutant")
+    if name is not None:
+        from tests.mutants import MUTANTS
+
+        MUTANTS[name].apply(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of upstream data files, or a skip that says how to supply it."""
