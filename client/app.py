@@ -52,7 +52,8 @@ def build_app(find: Callable[[Context], Holder]) -> ClientApp:
         try:
             return Message(answer().records(), reply_to=message)
         except Refusal as refusal:
-            logger.warning("declined (%s): %s", refusal.code, refusal.sentence)
+            # `sotto join` says it in a line of its own.
+            logger.info("declined (%s): %s", refusal.code, refusal.sentence)
             return Message(refusal_error(refusal), reply_to=message)
         except Exception as error:  # the text may hold data: only the type leaves
             logger.exception("a %s request failed", message.metadata.message_type)
