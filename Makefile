@@ -38,7 +38,7 @@ curves: $(STAMP)
 
 # Thousands of histories of the ledger, with crashes at every write; the suite plays a few hundred.
 histories: $(STAMP)
-	SOTTO_HISTORIES=5000 $(BIN)/python -m pytest tests/common/privacy/test_ledger_histories.py
+	SOTTO_HISTORIES=5000 $(BIN)/python -m pytest --timeout 3600 tests/common/privacy/test_ledger_histories.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
