@@ -271,9 +271,4 @@ class HistogramEvaluation(Frozen):
 
     def event(self) -> DiscreteGaussian:
         """The accountant's event of one evaluation."""
-        if self.noise_multiplier is None:
-            raise ConfigurationError(
-                "this plan's evaluation is not calibrated: noise_multiplier is missing; build it "
-                "with plan_for"
-            )
-        return DiscreteGaussian(self.noise_multiplier, 1)
+        return DiscreteGaussian(_calibrated_noise(self.noise_multiplier), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from flwr.app import Error, Message, RecordDict
@@ -15,11 +16,21 @@ Answer = Callable[[RoundRequest], RecordDict | Error | None]
 
 
 class FakeGrid(BaseGrid):
-    """Holders by name; node ids follow their order, from 2."""
+    """Holders by name; node ids follow their order, from 2.
 
-    def __init__(self, holders: Mapping[str, Answer]) -> None:
+    Args:
+        holders: what each answers.
+        read: a message as the request that it is.
+    """
+
+    def __init__(
+        self,
+        holders: Mapping[str, Callable[[Any], RecordDict | Error | None]],
+        read: Callable[[Message], Any] = RoundRequest.of,
+    ) -> None:
         super().__init__(1)
         self.holders = dict(holders)
+        self.read = read
         self.asked: list[tuple[str, str, int]] = []
 
     def get_node_ids(self) -> list[int]:
@@ -35,7 +46,7 @@ class FakeGrid(BaseGrid):
         for message in messages:
             stamp(message)
             name = self.holder_name(message.metadata.dst_node_id)
-            request = RoundRequest.of(message)
+            request = self.read(message)
             self.asked.append((name, message.metadata.message_type, request.round))
             answer = self.holders[name](request)
             if answer is not None:

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Error, MessageType, RecordDict
 
 from common.errors import Refusal, RunError
-from common.flower import BaseGrid, stamp
 from common.privacy.statistics import ONE, Layout
 from common.statistics_plan import StatisticsPlan, statistics_plan_for
 from common.wire import StatisticsReply, StatisticsRequest, array_of, refusal_error
 from server.statistics import StatisticsFolder, gather
+from tests.fakes import FakeGrid
 from tests.tiny import TinyTask
 
 Answer = Callable[[StatisticsRequest], RecordDict | Error | None]
 
 
-class FakeGrid(BaseGrid):
-    """Holders that are functions, by name; node ids follow their order, from 2."""
-
-    def __init__(self, holders: dict[str, Answer]) -> None:
-        super().__init__(1)
-        self.holders = holders
-        self.kinds: set[str] = set()
-
-    def get_node_ids(self) -> list[int]:
-        return list(range(2, 2 + len(self.holders)))
-
-    def holder_name(self, node_id: int) -> str:
-        return list(self.holders)[node_id - 2]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        replies = []
-        for message in messages:
-            stamp(message)
-            self.kinds.add(message.metadata.message_type)
-            answer = self.holders[self.holder_name(message.metadata.dst_node_id)]
-            said = answer(StatisticsRequest.of(message))
-            if said is not None:
-                replies.append(Message(said, reply_to=message))
-        return replies
+def holders(answers: Mapping[str, Answer]) -> FakeGrid:
+    """Holders that are functions, by name."""
+    return FakeGrid(answers, StatisticsRequest.of)
 
 
 def plan(**settings: object) -> StatisticsPlan:
@@ -63,17 +40,17 @@ HONEST = says(1000.0, 300.0, 700.0, 0.0)
 
 
 def test_answers_are_added_up() -> None:
-    grid = FakeGrid({"a": HONEST, "b": says(500.0, 100.0, 400.0, 0.0)})
+    grid = holders({"a": HONEST, "b": says(500.0, 100.0, 400.0, 0.0)})
     gathered = gather(grid, plan(), "run")
     assert gathered.holders == ("a", "b")
     assert (gathered.total / ONE).tolist() == [1500, 400, 1100, 0]
     assert gathered.statistics.units.value == pytest.approx(1500)
-    assert grid.kinds == {MessageType.QUERY}
+    assert {kind for _, kind, _ in grid.asked} == {MessageType.QUERY}
 
 
 def test_more_holders_mean_more_noise_in_the_sum() -> None:
-    one = gather(FakeGrid({"a": HONEST}), plan(), "run").statistics
-    four = gather(FakeGrid(dict.fromkeys("abcd", HONEST)), plan(), "run").statistics
+    one = gather(holders({"a": HONEST}), plan(), "run").statistics
+    four = gather(holders(dict.fromkeys("abcd", HONEST)), plan(), "run").statistics
     assert four.units.error == pytest.approx(2 * one.units.error)
 
 
@@ -97,13 +74,13 @@ def record(vector: np.ndarray, name: str = "sums") -> RecordDict:
     ],
 )
 def test_a_holder_that_does_not_answer_well_is_named_and_left_out(answer: Answer, why: str) -> None:
-    gathered = gather(FakeGrid({"a": HONEST, "bad": answer}), plan(), "run")
+    gathered = gather(holders({"a": HONEST, "bad": answer}), plan(), "run")
     assert gathered.holders == ("a",)
     assert why in gathered.missed["bad"]
 
 
 def test_too_few_answers_give_no_result() -> None:
-    grid = FakeGrid({"a": HONEST, "b": lambda _: None})
+    grid = holders({"a": HONEST, "b": lambda _: None})
     with pytest.raises(RunError, match=r"1 of at least 2 holders gave statistics.*b: no reply"):
         gather(grid, plan(min_holders=2), "run")
 
@@ -111,7 +88,7 @@ def test_too_few_answers_give_no_result() -> None:
 def test_too_much_noise_gives_no_result() -> None:
     few = says(3.0, 1.0, 2.0, 0.0)
     with pytest.raises(RunError, match="noise is too large for the 1 holders"):
-        gather(FakeGrid({"a": few}), plan(), "run")
+        gather(holders({"a": few}), plan(), "run")
 
 
 def test_an_exchange_that_broke_off_goes_on_under_its_name(tmp_path: Path) -> None:
