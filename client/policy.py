@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from client.requests import Terms
 from common.errors import ConfigurationError, Refusal
 from common.frozen import Frozen
+from common.link.identity import short_fingerprint
 from common.plan import LARGEST_SIZE_CLASS, TrainingPlan, fits_size_class
 from common.privacy.limits import Limits
 from common.privacy.releases import Budget
@@ -287,8 +288,8 @@ def _coordinator(asked: _Asked) -> Finding | None:
         return None
     return _finding(
         "coordinator",
-        _short(asked.coordinator),
-        ", ".join(map(_short, asked.policy.coordinators)),
+        short_fingerprint(asked.coordinator),
+        ", ".join(map(short_fingerprint, asked.policy.coordinators)),
         asked.policy.allows_coordinator(asked.coordinator),
         "this coordinator's authority is not among those that the holder's policy allows "
         "(coordinators)",
@@ -473,9 +474,3 @@ RULES: tuple[Callable[[_Asked], Finding | None], ...] = (
     _holder_size,
 )
 """Every rule that a request can be judged by without the ledger, in the order asked."""
-
-
-def _short(fingerprint: str) -> str:
-    """Enough of a fingerprint to tell it from others, as the ledger's tables have it."""
-    name = fingerprint.removeprefix("sha256:")
-    return name if len(name) <= 16 else f"{name[:11]}…"

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TextIO
 
+from common.link.identity import short_fingerprint
 from sotto.show import Screen, figure
 
 if TYPE_CHECKING:  # they take a second to import
@@ -85,7 +86,7 @@ def _rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
     """A row for each line; what a run is called, and for whom it was, stands once."""
     before = ""
     for line in lines:
-        run = f"{line.run_id}\n{line.task}\nto {_short(line.coordinator)}"
+        run = f"{line.run_id}\n{line.task}\nto {short_fingerprint(line.coordinator)}"
         yield (
             run if run != before else "",
             line.kind,
@@ -95,11 +96,6 @@ def _rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
             figure(line.epsilon),
         )
         before = run
-
-
-def _short(name: str) -> str:
-    """A fingerprint's first bytes are enough to tell it from another; JSON has all of it."""
-    return name if len(name) <= 16 else f"{name[:11]}…"
 
 
 def _days(first: str, last: str) -> str:

@@ -8,7 +8,7 @@ import re
 
 from common.errors import LinkError
 
-__all__ = ["check_holder_name", "host_of", "is_loopback", "node_id_of"]
+__all__ = ["check_holder_name", "host_of", "is_loopback", "node_id_of", "short_fingerprint"]
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -58,3 +58,13 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def short_fingerprint(name: str) -> str:
+    """Enough of a certificate's fingerprint to tell it from others in a table; a short name whole.
+
+    >>> short_fingerprint("sha256:66:d2:5f:52:30:45:78:c2")
+    '66:d2:5f:52…'
+    """
+    bare = name.removeprefix("sha256:")
+    return bare if len(bare) <= 16 else f"{bare[:11]}…"
