@@ -90,12 +90,13 @@ def running(
     *,
     keys: HolderKeys | None = None,
     name: str = "",
+    host: str = "localhost",
     max_message_bytes: int = 1 << 30,
 ) -> Iterator[Runner]:
     """A node that is stopped at the end."""
     events: SimpleQueue[NodeEvent] = SimpleQueue()
     node = Node(
-        f"localhost:{port}",
+        f"{host}:{port}",
         handler,
         keys=keys,
         name=name,

@@ -1,4 +1,4 @@
-"""Names of holders, and the node ids that Flower wants for them."""
+"""Names of holders, the node ids that Flower wants for them, and fingerprints of their keys."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import re
 
 from common.errors import LinkError
 
-__all__ = ["check_holder_name", "host_of", "is_loopback", "node_id_of", "short_fingerprint"]
+__all__ = [
+    "bare_fingerprint",
+    "check_holder_name",
+    "fingerprint_of",
+    "host_of",
+    "is_loopback",
+    "node_id_of",
+    "same_fingerprint",
+    "short_fingerprint",
+]
 
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_FINGERPRINT = re.compile(r"(?:sha256:)?((?:[0-9a-f]{2}:?){31}[0-9a-f]{2})")
 
 
 def check_holder_name(name: str) -> str:
@@ -58,6 +68,26 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def fingerprint_of(data: bytes) -> str:
+    """The SHA-256 of a public key or certificate, as people compare it.
+
+    >>> fingerprint_of(b"")[:19]
+    'sha256:e3:b0:c4:42:'
+    """
+    return f"sha256:{hashlib.sha256(data).digest().hex(':')}"
+
+
+def bare_fingerprint(text: str) -> str:
+    """The 64 hexadecimal digits of a fingerprint, however it is written; ``""`` if it is none."""
+    found = _FINGERPRINT.fullmatch(text.strip().lower())
+    return found[1].replace(":", "") if found else ""
+
+
+def same_fingerprint(one: str, other: str) -> bool:
+    """Whether both are the same SHA-256 fingerprint, however it is written."""
+    return bare_fingerprint(one) == bare_fingerprint(other) != ""
 
 
 def short_fingerprint(name: str) -> str:

@@ -3,33 +3,32 @@
 ::
 
     coordinator                              holder
-    ca.key, ca.pem                           holder.key
+    ca.key, ca.pem                           holder.key, signing.key
     server.key, server.pem                   NAME.request.pem   -> to the coordinator
-    holders/NAME.pem   the roster            holder.pem, ca.pem    from the bundle
+    holders/, retiring/, revoked/  roster    holder.pem, ca.pem    from the bundle
     bundles/NAME.pem   -> to the holder
 
-Private keys are made where they are used and never leave. The roster is the folder ``holders``:
-who connects must show exactly the certificate that lies there under its name, so taking a file
-away revokes it and approving another key under the same name is a visible decision.
+Private keys are made where they are used and never leave. How one follows another is in
+:mod:`common.link.keyfile`, what the roster is in :mod:`common.link.roster`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from common.errors import LinkError
 from common.link import certificates as certs
 from common.link import pem
 from common.link.identity import check_holder_name
+from common.link.keyfile import KeyFile
+from common.link.roster import Roster
 
 __all__ = ["CoordinatorKeys", "HolderKeys", "is_coordinator"]
-
-_RENEW_BEFORE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -81,65 +80,68 @@ class CoordinatorKeys:
         """The federation's authority."""
         return pem.read_certificate(self._ca_path)
 
+    @property
+    def server_certificate(self) -> x509.Certificate:
+        """What the coordinator shows."""
+        return pem.read_certificate(self._server_path)
+
+    @property
+    def roster(self) -> Roster:
+        """Who may join."""
+        return Roster(self.folder)
+
     def server_identity(self) -> tuple[bytes, bytes]:
         """Private key and certificate of the server, as PEM."""
-        return pem.read(self._server_path.with_suffix(".key")), pem.read(self._server_path)
+        certificate = self.server_certificate
+        key = self._server_key.key_of(certificate.public_key())
+        return certs.key_to_pem(key), certs.to_pem(certificate)
+
+    def server_stamp(self) -> object:
+        """Something that changes whenever :meth:`server_identity` does; cheap."""
+        return pem.stamps((self._server_path,))
 
     def approve(self, request: Path, *, replace: bool = False) -> Path:
         """Sign a holder's request and enter it into the roster.
 
         Args:
-            request: the file that ``sotto keys request`` made.
-            replace: allow a name that is in the roster to get another key.
+            request: the file that ``sotto keys request`` or ``sotto keys rotate`` made.
+            replace: allow a name that is in the roster to get keys that nothing vouches for.
 
         Returns:
             The bundle to bring to the holder.
 
         Raises:
-            LinkError: the request is not acceptable, or its name belongs to another key.
+            LinkError: the request is not acceptable, or its name belongs to other keys.
         """
         csr = pem.read_request(request)
-        ca_key = certs.key_from_pem(pem.read(self.folder / "ca.key"))
-        certificate = certs.holder_certificate(self.authority, ca_key, csr)
-        name = certs.common_name(certificate)
-        known = self._approved(name)
-        if known and known.public_key() != certificate.public_key() and not replace:
-            raise LinkError(
-                f"{name!r} is approved for another key already (fingerprint "
-                f"{certs.fingerprint(known)}); if that holder made a new key on purpose, approve "
-                "with --replace, else have this one choose another name"
-            )
-        bundle = self.folder / "bundles" / f"{name}.pem"
+        certificate = certs.holder_certificate(self.authority, self._ca_key(), csr)
+        self.roster.enter(certificate, replace=replace)
+        bundle = self._bundle_path(certs.common_name(certificate))
         pem.write(bundle, certs.to_pem(certificate) + pem.read(self._ca_path))
-        pem.write(self._roster_path(name), certs.to_pem(certificate))
         return bundle
 
-    def roster(self) -> list[x509.Certificate]:
-        """The certificates of all approved holders, by name."""
-        return [pem.read_certificate(path) for path in sorted(self.folder.glob("holders/*.pem"))]
+    def revoke(self, name: str) -> list[x509.Certificate]:
+        """Bar a holder from now on, on live connections too.
 
-    def holder_of(self, certificate_pem: bytes) -> str:
-        """The name of the approved holder that a certificate belongs to.
-
-        Args:
-            certificate_pem: what the peer proved to own in the TLS handshake.
+        Returns:
+            The certificates that it can no longer use.
 
         Raises:
-            LinkError: it is not in the roster.
+            LinkError: nobody on the roster is called that.
         """
-        try:
-            certificate = x509.load_pem_x509_certificate(certificate_pem)
-        except ValueError:
-            raise LinkError("the certificate of the connection is not readable") from None
-        name = check_holder_name(certs.common_name(certificate))
-        known = self._approved(name)
-        if known is None or certs.fingerprint(known) != certs.fingerprint(certificate):
-            raise LinkError(
-                f"the certificate shown for {name!r} is not in the coordinator's roster: it was "
-                "never approved, was replaced or was revoked; ask the coordinator to run `sotto "
-                "keys approve` for your request, then `sotto keys install` the bundle"
-            )
-        return name
+        revoked = self.roster.revoke(name)
+        self._bundle_path(name).unlink(missing_ok=True)
+        return revoked
+
+    def rotate(self) -> x509.Certificate:
+        """Make a new key and certificate for the server, under the same authority.
+
+        Holders trust the authority, so none of them notices. A running server shows it to whoever
+        connects next.
+        """
+        hosts = certs.hosts_of(self.server_certificate)
+        self._certify_server(self._server_key.next(), hosts)
+        return self.server_certificate
 
     @property
     def _ca_path(self) -> Path:
@@ -149,33 +151,37 @@ class CoordinatorKeys:
     def _server_path(self) -> Path:
         return self.folder / "server.pem"
 
-    def _roster_path(self, name: str) -> Path:
-        return self.folder / "holders" / f"{name}.pem"
+    @property
+    def _server_key(self) -> KeyFile[certs.Key]:
+        return KeyFile(self.folder / "server.key", certs.new_key, certs.key_from_pem)
 
-    def _approved(self, name: str) -> x509.Certificate | None:
-        path = self._roster_path(name)
-        return pem.read_certificate(path) if path.exists() else None
+    def _bundle_path(self, name: str) -> Path:
+        return self.folder / "bundles" / f"{name}.pem"
+
+    def _ca_key(self) -> certs.Key:
+        return certs.key_from_pem(pem.read(self.folder / "ca.key"))
 
     def _refresh_server_certificate(self, hosts: frozenset[str]) -> None:
-        if self._server_path.exists():
-            current = pem.read_certificate(self._server_path)
-            known = certs.hosts_of(current)
-            if hosts <= known and not certs.expired(current, within=_RENEW_BEFORE):
-                return
-            hosts |= known
-        ca_key = certs.key_from_pem(pem.read(self.folder / "ca.key"))
-        key_path = self._server_path.with_suffix(".key")
-        # The key stays, so that a crash between the two files never leaves them unlike.
-        if not key_path.exists():
-            pem.write_private(key_path, certs.key_to_pem(certs.new_key()))
-        public_key = certs.key_from_pem(pem.read(key_path)).public_key()
-        certificate = certs.server_certificate(self.authority, ca_key, public_key, sorted(hosts))
+        if not self._server_path.exists():
+            self._server_key.ensure()
+            self._certify_server(self._server_key.first(), hosts)
+            return
+        current = self.server_certificate
+        known = certs.hosts_of(current)
+        if not hosts <= known or certs.expired(current, within=certs.EXPIRES_SOON):
+            self._certify_server(self._server_key.key_of(current.public_key()), hosts | known)
+
+    def _certify_server(self, key: certs.Key, hosts: Iterable[str]) -> None:
+        certificate = certs.server_certificate(
+            self.authority, self._ca_key(), key.public_key(), sorted(hosts)
+        )
         pem.write(self._server_path, certs.to_pem(certificate))
+        self._server_key.settle(key.public_key())
 
 
 @dataclass(frozen=True)
 class HolderKeys:
-    """A holder's own key and, once installed, its certificate.
+    """A holder's own keys and, once installed, its certificate.
 
     Args:
         folder: ``STATE/keys``.
@@ -185,14 +191,14 @@ class HolderKeys:
 
     @classmethod
     def request(cls, state: Path, name: str) -> Path:
-        """Make a key, unless there is one, and ask for a certificate.
+        """Make keys, unless there are some, and ask for a certificate.
 
         Args:
             state: the holder's state folder.
             name: what the holder is to be called.
 
         Returns:
-            The request to bring to the coordinator. The key stays.
+            The request to bring to the coordinator. The keys stay.
 
         Raises:
             LinkError: the name is not allowed, or the folder belongs to a coordinator.
@@ -204,12 +210,36 @@ class HolderKeys:
                 "with --state"
             )
         keys = cls(state / "keys")
-        if not keys._key_path.exists():
-            pem.write_private(keys._key_path, certs.key_to_pem(certs.new_key()))
-        request = keys.folder / f"{name}.request.pem"
-        csr = certs.signing_request(certs.key_from_pem(pem.read(keys._key_path)), name)
-        pem.write(request, certs.to_pem(csr))
-        return request
+        keys._key.ensure()
+        keys._signing.ensure()
+        return keys._ask(name, keys._own_key(), keys._own_signing_key())
+
+    @classmethod
+    def rotate(cls, state: Path, *, key: bool = True, signing_key: bool = False) -> Path:
+        """Make new keys beside those in use, and ask for a certificate for them.
+
+        Nothing changes until its bundle is installed. The key that stays vouches for the one that
+        is new; where both are new, the coordinator has to approve with ``--replace``.
+
+        Args:
+            state: the holder's state folder.
+            key: make a new key of the certificate.
+            signing_key: make a new key that signs in secure aggregation, which other holders have
+                to pin anew.
+
+        Returns:
+            The request to bring to the coordinator. The keys stay.
+
+        Raises:
+            LinkError: there is no certificate whose keys could be changed.
+        """
+        keys = cls.open(state)
+        lost = key and signing_key  # then one that waits in the same folder may be lost, too
+        return keys._ask(
+            keys.name,
+            keys._key.next(afresh=lost) if key else keys._own_key(),
+            keys._signing.next(afresh=lost) if signing_key else keys._own_signing_key(),
+        )
 
     @classmethod
     def load(cls, state: Path) -> HolderKeys:
@@ -218,18 +248,26 @@ class HolderKeys:
         Raises:
             LinkError: there is none, or it has expired.
         """
+        keys = cls.open(state)
+        keys.require_valid()
+        return keys
+
+    @classmethod
+    def open(cls, state: Path) -> HolderKeys:
+        """Look at the installed certificate of a state folder, also at one that has expired.
+
+        Raises:
+            LinkError: there is none.
+        """
         keys = cls(state / "keys")
         if not keys._certificate_path.exists():
             raise LinkError(
                 f"{state} has no certificate: run `sotto keys request`, have the coordinator "
                 "approve it, then run `sotto keys install`"
             )
-        if certs.expired(keys.certificate):
-            raise LinkError(
-                f"the certificate of {keys.name!r} expired on "
-                f"{keys.certificate.not_valid_after_utc:%Y-%m-%d}; run `sotto keys request` "
-                "again and have the coordinator approve it"
-            )
+        if certs.signing_key_of(keys.certificate) is None:
+            keys._signing.ensure()  # the folder was made by a release that had none
+        keys._settle()
         return keys
 
     @classmethod
@@ -244,14 +282,16 @@ class HolderKeys:
             The keys, complete now.
 
         Raises:
-            LinkError: the bundle is not for this key, not signed by its authority, or expired.
+            LinkError: the bundle is not for these keys, not signed by its authority, or expired.
         """
         keys = cls(state / "keys")
         certificate, ca = pem.read_bundle(bundle)
-        if not keys._key_path.exists():
+        if not keys._key.exists:
             raise LinkError("there is no key here yet; run `sotto keys request` first")
-        own = certs.key_from_pem(pem.read(keys._key_path)).public_key()
-        if certificate.public_key() != own:
+        signing_key = _certified_signing_key(certificate)
+        if keys._key.find(certificate.public_key()) is None or (
+            signing_key is not None and keys._signing.find(signing_key) is None
+        ):
             raise LinkError(
                 f"{bundle} is for another key: install it where its request was made, or send "
                 "the coordinator the request of this folder"
@@ -263,6 +303,7 @@ class HolderKeys:
             )
         pem.write(keys._authority_path, certs.to_pem(ca))
         pem.write(keys._certificate_path, certs.to_pem(certificate))
+        keys._settle()
         return keys
 
     @property
@@ -280,13 +321,37 @@ class HolderKeys:
         """The holder's name."""
         return certs.common_name(self.certificate)
 
+    @property
+    def signing_key(self) -> Ed25519PrivateKey:
+        """The key that signs in secure aggregation."""
+        certified = _certified_signing_key(self.certificate)
+        return self._signing.first() if certified is None else self._signing.key_of(certified)
+
     def identity(self) -> tuple[bytes, bytes]:
         """Private key and certificate of the holder, as PEM."""
-        return pem.read(self._key_path), pem.read(self._certificate_path)
+        certificate = self.certificate
+        key = self._key.key_of(certificate.public_key())
+        return certs.key_to_pem(key), certs.to_pem(certificate)
+
+    def require_valid(self) -> None:
+        """Raise a LinkError if the certificate has expired."""
+        certificate = self.certificate
+        if certs.expired(certificate):
+            raise LinkError(
+                f"the certificate of {certs.common_name(certificate)!r} expired on "
+                f"{certs.last_day(certificate)}; run `sotto keys request` again and have the "
+                "coordinator approve it"
+            )
 
     @property
-    def _key_path(self) -> Path:
-        return self.folder / "holder.key"
+    def _key(self) -> KeyFile[certs.Key]:
+        return KeyFile(self.folder / "holder.key", certs.new_key, certs.key_from_pem)
+
+    @property
+    def _signing(self) -> KeyFile[Ed25519PrivateKey]:
+        return KeyFile(
+            self.folder / "signing.key", certs.new_signing_key, certs.signing_key_from_pem
+        )
 
     @property
     def _certificate_path(self) -> Path:
@@ -296,7 +361,39 @@ class HolderKeys:
     def _authority_path(self) -> Path:
         return self.folder / "ca.pem"
 
+    def _own_key(self) -> certs.Key:
+        """The key in use; the only one where no certificate is, or none fits."""
+        if self._certificate_path.exists():
+            found = self._key.find(self.certificate.public_key())
+            if found is not None:
+                return found
+        return self._key.first()
+
+    def _own_signing_key(self) -> Ed25519PrivateKey:
+        if self._certificate_path.exists():
+            certified = _certified_signing_key(self.certificate)
+            found = None if certified is None else self._signing.find(certified)
+            if found is not None:
+                return found
+        return self._signing.first()
+
+    def _ask(self, name: str, key: certs.Key, signing_key: Ed25519PrivateKey) -> Path:
+        request = self.folder / f"{name}.request.pem"
+        pem.write(request, certs.to_pem(certs.signing_request(key, name, signing_key)))
+        return request
+
+    def _settle(self) -> None:
+        certificate = self.certificate
+        self._key.settle(certificate.public_key())
+        if (signing_key := _certified_signing_key(certificate)) is not None:
+            self._signing.settle(signing_key)
+
 
 def is_coordinator(state: Path) -> bool:
     """Whether a state folder holds a federation's authority."""
     return (state / "keys" / "ca.key").exists()
+
+
+def _certified_signing_key(certificate: x509.Certificate) -> Ed25519PublicKey | None:
+    raw = certs.signing_key_of(certificate)
+    return None if raw is None else Ed25519PublicKey.from_public_bytes(raw)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cryptography import x509
 
+from common.durable import sync_folder
 from common.errors import LinkError
+from common.link import certificates as certs
 
-__all__ = ["read", "read_bundle", "read_certificate", "read_request", "write", "write_private"]
+__all__ = [
+    "move",
+    "read",
+    "read_bundle",
+    "read_certificate",
+    "read_request",
+    "stamps",
+    "write",
+    "write_private",
+]
 
 
 def read(path: Path) -> bytes:
@@ -32,8 +43,8 @@ def read_certificate(path: Path) -> x509.Certificate:
         LinkError: it is not there, or is something else.
     """
     try:
-        return x509.load_pem_x509_certificate(read(path))
-    except ValueError:
+        return certs.whole(x509.load_pem_x509_certificate(read(path)))
+    except certs.MALFORMED:
         raise LinkError(f"{path} is not a certificate in PEM form; restore it") from None
 
 
@@ -44,8 +55,8 @@ def read_request(path: Path) -> x509.CertificateSigningRequest:
         LinkError: it is not there, or is something else.
     """
     try:
-        return x509.load_pem_x509_csr(read(path))
-    except ValueError:
+        return certs.whole(x509.load_pem_x509_csr(read(path)))
+    except certs.MALFORMED:
         raise LinkError(
             f"{path} is not a certificate request; it should be the file that `sotto keys "
             "request` made on the holder"
@@ -59,13 +70,26 @@ def read_bundle(path: Path) -> tuple[x509.Certificate, x509.Certificate]:
         LinkError: it is not there, or is something else.
     """
     try:
-        certificate, ca = x509.load_pem_x509_certificates(read(path))
-    except ValueError:
+        certificate, ca = map(certs.whole, x509.load_pem_x509_certificates(read(path)))
+    except certs.MALFORMED:
         raise LinkError(
             f"{path} is not a bundle; it should be the file that `sotto keys approve` made on "
             "the coordinator"
         ) from None
     return certificate, ca
+
+
+def stamps(paths: Iterable[Path]) -> tuple[object, ...]:
+    """Something that differs whenever one of the files was replaced, made or taken away; cheap."""
+    return tuple(map(_stamp, paths))
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116  # once a second for each holder; half the time
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def write(path: Path, data: bytes) -> None:
@@ -76,6 +100,12 @@ def write(path: Path, data: bytes) -> None:
 def write_private(path: Path, data: bytes) -> None:
     """Replace a file that only its owner may read."""
     _replace(path, data, 0o600)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file another name in its folder, for good once this returns."""
+    path.replace(target)
+    sync_folder(target.parent)
 
 
 def _replace(path: Path, data: bytes, mode: int) -> None:
@@ -89,7 +119,7 @@ def _replace(path: Path, data: bytes, mode: int) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
+    move(draft, path)
 
 
 def _missing(folder: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import stat
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from common.errors import LinkError
 from common.link import certificates as certs
+from common.link import pem
 from common.link.keys import CoordinatorKeys, HolderKeys
+from common.link.signing import Identity, Trust
 from tests.linking import enrol
 
 
@@ -29,8 +32,8 @@ def test_a_holder_is_enrolled(tmp_path: Path, coordinator: CoordinatorKeys) -> N
 
     assert keys.name == "clinic-north"
     assert keys.authority == coordinator.authority
-    assert coordinator.roster() == [keys.certificate]
-    assert coordinator.holder_of(certs.to_pem(keys.certificate)) == "clinic-north"
+    assert coordinator.roster.approved() == [keys.certificate]
+    assert coordinator.roster.name_of(keys.certificate) == "clinic-north"
 
 
 def test_private_keys_are_readable_by_their_owner_only(
@@ -75,24 +78,29 @@ def test_an_approved_name_needs_replace_for_another_key(
     first = enrol(tmp_path / "first", coordinator, "a")
     request = HolderKeys.request(tmp_path / "second", "a")
 
-    with pytest.raises(LinkError, match=r"approved for another key already.*--replace"):
+    with pytest.raises(LinkError, match=r"approved for other keys already.*--replace"):
         coordinator.approve(request)
-    assert coordinator.roster() == [first.certificate]
+    assert coordinator.roster.approved() == [first.certificate]
 
     HolderKeys.install(tmp_path / "second", coordinator.approve(request, replace=True))
-    with pytest.raises(LinkError, match="not in the coordinator's roster"):
-        coordinator.holder_of(certs.to_pem(first.certificate))
+    with pytest.raises(LinkError, match="was revoked"):
+        coordinator.roster.name_of(first.certificate)
 
 
-def test_the_same_key_may_be_approved_again_and_has_then_one_certificate(
+def test_the_same_key_may_be_approved_again_and_has_one_certificate_once_that_is_shown(
     tmp_path: Path, coordinator: CoordinatorKeys
 ) -> None:
     older = enrol(tmp_path / "holder", coordinator, "a").certificate
     newer = enrol(tmp_path / "holder", coordinator, "a").certificate
+    roster = coordinator.roster
 
-    assert coordinator.holder_of(certs.to_pem(newer)) == "a"
+    assert roster.name_of(older) == roster.name_of(newer) == "a"
+    roster.settle(older)
+    assert roster.name_of(older) == "a", "the newer one was not shown yet"
+    roster.settle(newer)
+    assert roster.name_of(newer) == "a"
     with pytest.raises(LinkError, match="was replaced"):
-        coordinator.holder_of(certs.to_pem(older))
+        roster.name_of(older)
 
 
 def test_a_bundle_for_another_key_is_not_installed(
@@ -151,7 +159,7 @@ def test_requests_that_are_not_approved(
 
     with pytest.raises(LinkError, match=sentence):
         coordinator.approve(request)
-    assert coordinator.roster() == []
+    assert coordinator.roster.approved() == []
 
 
 def test_roles_do_not_mix(tmp_path: Path, coordinator: CoordinatorKeys) -> None:
@@ -172,3 +180,150 @@ def test_a_holders_certificate_is_for_clients_and_lasts_a_year(
     assert certs.expired(certificate, within=timedelta(days=400))
     assert certs.signed_by(certificate, coordinator.authority)
     assert not certs.signed_by(coordinator.authority, certificate)
+
+
+# -- keys that follow keys -------------------------------------------------------------------
+
+
+def public(keys: HolderKeys) -> tuple[object, bytes]:
+    """Both public keys in use; the pairs must fit, or there are none."""
+    key, certificate = keys.identity()
+    own = certs.key_from_pem(key).public_key()
+    assert own == x509.load_pem_x509_certificate(certificate).public_key()
+    return own, keys.signing_key.public_key().public_bytes_raw()
+
+
+def test_rotating_changes_nothing_until_the_certificate_is_installed(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    keys = enrol(tmp_path / "holder", coordinator, "a")
+    before = public(keys)
+
+    bundle = coordinator.approve(HolderKeys.rotate(tmp_path / "holder"))
+    assert public(HolderKeys.load(tmp_path / "holder")) == before
+
+    HolderKeys.install(tmp_path / "holder", bundle)
+    after = public(keys)
+    assert after[0] != before[0]
+    assert after[1] == before[1], "others have pinned it"
+    assert not list(keys.folder.glob("*.next.key"))
+    assert mode_of(keys.folder / "signing.key") == 0o600
+
+
+def test_a_new_signing_key_is_made_only_when_asked_for(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    keys = enrol(tmp_path / "holder", coordinator, "a")
+    before = public(keys)
+
+    request = HolderKeys.rotate(tmp_path / "holder", key=False, signing_key=True)
+    HolderKeys.install(tmp_path / "holder", coordinator.approve(request))
+
+    after = public(keys)
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert certs.signing_key_of(keys.certificate) == after[1]
+
+
+@pytest.mark.parametrize("files", range(4), ids=["none", "authority", "certificate", "all"])
+def test_a_crash_between_any_two_writes_of_an_installation_leaves_keys_that_fit(
+    tmp_path: Path, coordinator: CoordinatorKeys, files: int
+) -> None:
+    """The folder as it is after the first ``files`` writes of `install`."""
+    state, crashed = tmp_path / "holder", tmp_path / "crashed"
+    before = public(enrol(state, coordinator, "a"))
+    bundle = coordinator.approve(HolderKeys.rotate(state, key=True, signing_key=True), replace=True)
+    shutil.copytree(state, crashed)
+    after = public(HolderKeys.install(state, bundle))
+    for name in ("ca.pem", "holder.pem", "holder.key")[:files]:
+        shutil.copy(state / "keys" / name, crashed / "keys" / name)
+    if files == 3:
+        (crashed / "keys" / "holder.next.key").unlink()
+
+    keys = HolderKeys.load(crashed)
+
+    assert public(keys) == (before if files < 2 else after)
+    assert public(HolderKeys.install(crashed, bundle)) == after, "doing it again finishes it"
+
+
+def test_a_server_key_follows_in_one_step(tmp_path: Path) -> None:
+    keys = CoordinatorKeys.create_or_load(tmp_path, ["hub.example"])
+    old_key = (keys.folder / "server.key").read_bytes()
+    before = certs.hosts_of(keys.server_certificate)
+
+    keys.rotate()
+    new_key, certificate = keys.server_identity()
+    (keys.folder / "server.next.key").write_bytes(new_key)  # as a crash before the last step
+    (keys.folder / "server.key").write_bytes(old_key)
+
+    assert keys.server_identity() == (new_key, certificate)
+    assert new_key != old_key
+    assert certs.hosts_of(keys.server_certificate) == before
+    assert certs.signed_by(keys.server_certificate, keys.authority)
+
+
+def test_rotating_needs_something_to_rotate(tmp_path: Path) -> None:
+    HolderKeys.request(tmp_path, "a")
+    with pytest.raises(LinkError, match="no certificate"):
+        HolderKeys.rotate(tmp_path)
+
+
+def test_keys_that_were_lost_are_not_taken_from_an_unfinished_rotation(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    """Whoever copied the folder has the keys that wait in it, too."""
+    enrol(tmp_path, coordinator, "a")
+    HolderKeys.rotate(tmp_path)
+    waiting = (tmp_path / "keys" / "holder.next.key").read_bytes()
+    HolderKeys.rotate(tmp_path)
+    assert (tmp_path / "keys" / "holder.next.key").read_bytes() == waiting
+
+    HolderKeys.rotate(tmp_path, key=True, signing_key=True)
+    assert (tmp_path / "keys" / "holder.next.key").read_bytes() != waiting
+
+
+def test_a_key_that_does_not_belong_to_the_certificate_is_said(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    keys = enrol(tmp_path / "holder", coordinator, "a")
+    for name, use in (("holder.key", keys.identity), ("signing.key", lambda: keys.signing_key)):
+        (keys.folder / name).unlink()
+        with pytest.raises(LinkError, match=r"is not the key of the certificate.*rotate --all"):
+            use()
+    HolderKeys.rotate(tmp_path / "holder", key=True, signing_key=True)  # as it says
+
+
+def test_a_folder_of_an_earlier_release_gets_a_signing_key(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    keys = enrol(tmp_path / "holder", coordinator, "a")
+    (keys.folder / "signing.key").unlink()
+    key = certs.key_from_pem(keys.identity()[0])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a")])
+    old = x509.CertificateSigningRequestBuilder(subject).sign(key, hashes.SHA256())
+    (tmp_path / "old.pem").write_bytes(certs.to_pem(old))
+    HolderKeys.install(tmp_path / "holder", coordinator.approve(tmp_path / "old.pem"))
+
+    loaded = HolderKeys.load(tmp_path / "holder")
+
+    assert certs.signing_key_of(loaded.certificate) is None
+    assert Trust(loaded.authority).check(Identity.of(loaded).credential).name == "a"
+    assert mode_of(loaded.folder / "signing.key") == 0o600
+
+
+def test_what_is_said_about_an_end_that_comes_near(
+    tmp_path: Path, coordinator: CoordinatorKeys
+) -> None:
+    request = pem.read_request(HolderKeys.request(tmp_path / "holder", "a"))
+    ca_key = certs.key_from_pem((coordinator.folder / "ca.key").read_bytes())
+
+    def note(days: int) -> str:
+        lasts = timedelta(days=days, minutes=5)
+        return certs.expiry_note(
+            certs.holder_certificate(coordinator.authority, ca_key, request, lasts=lasts)
+        )
+
+    assert note(30) == ""
+    assert note(29) == "expires in 29 days"
+    assert note(1) == "expires in 1 day"
+    assert note(0) == "expires in 0 days"
