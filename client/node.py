@@ -23,6 +23,7 @@ from common.link.identity import check_holder_name, host_of
 from common.link.keys import HolderKeys
 from common.link.tls import require_loopback
 from common.link.transfer import DEFAULT_MAX_MESSAGE_BYTES, PROTOCOL
+from common.words import shown
 
 __all__ = [
     "Backoff",
@@ -35,6 +36,7 @@ __all__ = [
     "Requested",
 ]
 
+_MOST_WAITING = 4  # requests beside the one at work; an honest coordinator has one
 _FAREWELL_TIMEOUT = 5.0  # seconds to wait for the coordinator's answer to a goodbye
 
 
@@ -113,7 +115,8 @@ class Node:
         software: name and version of this software; shown on the coordinator.
         on_event: told what happens, on the thread of :meth:`run`.
         backoff: how long to wait between attempts to connect.
-        max_message_bytes: the longest request that is accepted.
+        max_message_bytes: the longest request that is accepted; see
+            :func:`common.link.transfer.message_bytes`.
 
     Raises:
         LinkError: the address, or a name without certificate, cannot be used.
@@ -225,15 +228,17 @@ class Node:
     # Events
 
     def _handle(self, event: object) -> None:
+        if isinstance(event, Welcomed | Asked | Withdrawn):
+            event.stream.taken()
         match event:
             case Welcomed(stream, welcome) if stream is self._stream:
                 self._welcome = welcome
-                self._on_event(Connected(welcome.holder, welcome.federation))
+                self._on_event(Connected(shown(welcome.holder), shown(welcome.federation)))
             case Asked(stream, request) if stream is self._stream and not self._leaving:
                 self._attempt = 0
-                self._take(request, self._welcome.node_id if self._welcome else 0)
+                self._take(stream, request, self._welcome.node_id if self._welcome else 0)
             case Withdrawn(_, message_id) if message_id in self._jobs:
-                self._jobs[message_id].withdrawn = True
+                self._forget(self._jobs[message_id])
             case Finished(job):
                 self._finish(job)
             case _Stop(now):
@@ -241,20 +246,36 @@ class Node:
             case _:
                 pass  # the rest of a stream that is gone, or a withdrawal that came too late
 
-    def _take(self, request: Incoming, node_id: int) -> None:
+    def _take(self, stream: Stream, request: Incoming, node_id: int) -> None:
         header = request.header
         if (job := self._jobs.get(header.message_id)) is not None:
             job.withdrawn = False  # asked again after a reconnect, and in hand already
         elif self._last is not None and self._last.id == header.message_id:
             self._send(self._last)
+        elif len(self._jobs) > _MOST_WAITING:
+            stream.refuse(f"more than {_MOST_WAITING} requests wait")
         else:
             job = Job(request, node_id)
             self._jobs[job.id] = job
+            self._start_next()
+            self._on_event(Requested(shown(header.message_type), shown(header.group_id)))
+
+    def _start_next(self) -> None:
+        """Have the oldest job done, unless one is at work."""
+        job = next(iter(self._jobs.values()), None)
+        if job is not None and not job.started:
             self._worker.put(job)
-            self._on_event(Requested(header.message_type, header.group_id))
+
+    def _forget(self, job: Job) -> None:
+        """Nobody wants a reply: one that is not begun need not be."""
+        if job.started:
+            job.withdrawn = True
+        else:
+            del self._jobs[job.id]
 
     def _finish(self, job: Job) -> None:
         del self._jobs[job.id]
+        self._start_next()
         if job.reply is not None:
             self._last = job  # kept: if it does not arrive, the coordinator asks again
         if not job.withdrawn:
@@ -266,8 +287,8 @@ class Node:
         if now or self._leaving:
             raise _Abandoned
         self._leaving = True
-        for job in self._jobs.values():
-            job.withdrawn = job.withdrawn or not job.started
+        for job in [job for job in self._jobs.values() if not job.started]:
+            self._forget(job)
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:
@@ -286,7 +307,8 @@ class Node:
         asked, failed = job.request.header, reply.header.HasField("failure")
         error = reply.header.failure.reason if failed else None
         seconds = time.monotonic() - job.arrived
-        self._on_event(Replied(asked.message_type, asked.group_id, seconds, error))
+        kind, group = shown(asked.message_type), shown(asked.group_id)
+        self._on_event(Replied(kind, group, seconds, error))
 
 
 def _ignore(event: NodeEvent) -> None:

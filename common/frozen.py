@@ -11,10 +11,17 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import ConfigurationError
+from common.texts import read_json
+from common.words import shown
 
 __all__ = ["Frozen", "PublicPlan", "validated"]
 
 _Model = TypeVar("_Model", bound="Frozen")
+
+MOST_CHARACTERS = 1 << 20
+"""Of a plan as it travels; parsed plans are kept, so that a run's is read once."""
+
+_MOST_SENTENCES = 20
 
 
 def validated(model: type[_Model], values: Mapping[str, Any]) -> _Model:
@@ -29,7 +36,10 @@ def validated(model: type[_Model], values: Mapping[str, Any]) -> _Model:
         raise ConfigurationError(_sentences(error)) from None
 
 
-_TAGS = ("dp", "none", "central", "local", "histogram", "number", "category")
+_TAGS = (
+    *("dp", "none", "central", "distributed", "local", "histogram", "number", "category"),
+    *("plain", "secure", "secure-sum"),
+)
 """Of the plan's unions, which pydantic puts among the names of fields; no user wrote them."""
 
 
@@ -40,7 +50,12 @@ def _sentences(error: ValidationError) -> str:
         found = f", got {problem['input']!r}" if field and problem["type"] != "missing" else ""
         return f"{field}: {message[0].lower()}{message[1:]}{found}" if field else message
 
-    return "; ".join(sentence(dict(problem)) for problem in error.errors())
+    # What a stranger wrote is in them: neither long nor many, whatever it was.
+    problems = error.errors()
+    sentences = [shown(sentence(dict(problem)), 1000) for problem in problems[:_MOST_SENTENCES]]
+    if len(problems) > _MOST_SENTENCES:
+        sentences.append(f"and {len(problems) - _MOST_SENTENCES} more")
+    return "; ".join(sentences)
 
 
 class Frozen(BaseModel):
@@ -69,9 +84,13 @@ class PublicPlan(Frozen):
         Raises:
             ConfigurationError: the text is not such a plan.
         """
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigurationError(
+                f"a plan has at most {MOST_CHARACTERS} characters, got {len(text)}"
+            )
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = read_json(text)
+        except ValueError as error:
             raise ConfigurationError(f"the plan is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigurationError("the plan is not a JSON object")

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
+from cryptography.x509 import Certificate
 from flwr.app import Error, Message, RecordDict
 
 from common.errors import LinkError, WireError
@@ -24,6 +25,7 @@ from common.link.identity import host_of
 from common.link.keys import CoordinatorKeys
 from common.link.tls import require_loopback, server_credentials
 from common.link.transfer import DEFAULT_MAX_MESSAGE_BYTES, SERVER_OPTIONS
+from server.link.files import room_for_files
 from server.link.mailroom import Request
 from server.link.sessions import Holder
 from server.link.switchboard import UNREADABLE_REPLY, Switchboard
@@ -32,6 +34,14 @@ __all__ = ["Holder", "LinkGrid"]
 
 _log = logging.getLogger("sotto.link")
 _T = TypeVar("_T")
+
+MAX_CONNECTIONS = 4096
+"""A few times the holders that one coordinator serves. A silent connection takes 10 kB of memory
+and a file descriptor, and ends after ten seconds."""
+
+HANDSHAKE_TIMEOUT = 10.0
+
+_SPARE_FILES = 128  # for checkpoints, rosters and everything else that is no connection
 
 PATIENCE = 40.0
 """Seconds; holders try to connect at least every 30 s (``client.node.Backoff``)."""
@@ -48,7 +58,13 @@ class LinkGrid(BaseGrid):
         keys: certificates and roster; None means plain text, which is allowed on loopback only.
         federation: the federation's name, for people.
         software: name and version of this software, for people.
-        max_message_bytes: the longest reply that is accepted.
+        max_message_bytes: the longest reply that is accepted; see
+            :func:`common.link.transfer.message_bytes`.
+        max_connections: that may stand at the same time, holders' and strangers' together; fewer
+            where the system lets a process open fewer files.
+        handshake_timeout: seconds until a connection is closed that has not got through TLS and
+            the first frames of HTTP/2, or a stream that has not said Hello; three times as long
+            until a connection without a stream is.
         run_id: the run that messages belong to.
 
     Raises:
@@ -63,9 +79,13 @@ class LinkGrid(BaseGrid):
         federation: str = "sotto",
         software: str = "sotto",
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        max_connections: int = MAX_CONNECTIONS,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT,
         run_id: int = 1,
     ) -> None:
         super().__init__(run_id)
+        self._max_connections = max_connections
+        self._handshake_timeout = handshake_timeout
         if keys is None:
             require_loopback(listen)
         self._listen = listen
@@ -80,12 +100,14 @@ class LinkGrid(BaseGrid):
         self._running = False
         self._submitting = threading.Lock()
         self._server: grpc.aio.Server | None = None
+        self._reporter: asyncio.Task[None] | None = None
         self._port = 0
         self._board = Switchboard(
             keys=keys,
             federation=federation,
             software=software,
             max_message_bytes=max_message_bytes,
+            hello_timeout=handshake_timeout,
             on_change=self._take_note,
         )
 
@@ -155,6 +177,20 @@ class LinkGrid(BaseGrid):
     def away(self) -> list[str]:
         """Names of holders that have joined this Grid and are not connected now."""
         return sorted(self._names[node] for node in set(self._names) - set(self._holders))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of replies that have begun to come in and are not complete.
+
+        At most ``max_message_bytes`` for each holder that has an open request, however slowly,
+        often or from how many connections it writes.
+        """
+        return self._board.held_bytes
+
+    @property
+    def authority(self) -> Certificate | None:
+        """The federation's; None without TLS."""
+        return None if self._keys is None else self._keys.authority
 
     @property
     def patience(self) -> float:
@@ -230,7 +266,8 @@ class LinkGrid(BaseGrid):
         return [self._reply(request) for request in requests if request.reply is not None]
 
     def _reply(self, request: Request) -> Message:
-        reply = request.reply
+        # Taken off, so that no reply is in memory twice but the one that is being decoded.
+        reply, request.reply = request.reply, None
         assert reply is not None  # the caller's filter
         if isinstance(reply, Error):
             return _error_reply(request, reply)
@@ -245,13 +282,23 @@ class LinkGrid(BaseGrid):
     # The event loop's thread
 
     async def _serve(self) -> int:
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        most = min(self._max_connections, room_for_files(self._max_connections) - _SPARE_FILES)
+        options = (
+            *SERVER_OPTIONS,
+            ("grpc.max_allowed_incoming_connections", max(1, most)),
+            ("grpc.server_handshake_timeout_ms", round(1000 * self._handshake_timeout)),
+            ("grpc.max_connection_idle_ms", round(3000 * self._handshake_timeout)),
+        )
+        server = grpc.aio.server(options=options)
         add_FederationServicer_to_server(self._board, server)  # type: ignore[no-untyped-call]
         try:
-            if self._keys is None:
+            nameless = self._board.admission.nameless
+            if self._keys is None or nameless is None:
                 port = server.add_insecure_port(self._listen)
             else:
-                port = server.add_secure_port(self._listen, server_credentials(self._keys))
+                credentials = server_credentials(self._keys, nameless.begin)
+                port = server.add_secure_port(self._listen, credentials)
+                self._reporter = asyncio.create_task(nameless.report())
         except RuntimeError:
             raise LinkError(
                 f"cannot listen on {self._listen}: the port is taken, or {host_of(self._listen)} "

@@ -1,10 +1,13 @@
 """One connection to the coordinator: frames in, whole messages out, and the other way round.
 
 gRPC reads and writes on threads of its own; what arrives becomes an event in the node's inbox.
+The coordinator is not trusted to be modest: it is read no faster than the node takes its events,
+and it cannot make replies pile up that it does not read.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,10 +21,17 @@ from common.link import federation_pb2 as pb
 from common.link.codec import Incoming, Payload
 from common.link.federation_pb2_grpc import FederationStub
 from common.link.keys import HolderKeys
-from common.link.tls import channel_credentials
+from common.link.tls import channel_credentials, connection_failure
 from common.link.transfer import CHANNEL_OPTIONS, Assembler
+from common.words import shown
 
 __all__ = ["Asked", "Ended", "Outgoing", "Stream", "Welcomed", "Withdrawn"]
+
+_MOST_EVENTS = 16  # that wait for the node
+_MOST_REPLIES = 8  # that wait for the coordinator to take them
+
+# gRPC's Python side writes a traceback for every frame that cannot be read.
+logging.getLogger("grpc._common").setLevel(logging.CRITICAL)
 
 _REFUSALS = frozenset(
     (
@@ -95,6 +105,9 @@ class Stream:
         inbox: gets :class:`Welcomed`, :class:`Asked`, :class:`Withdrawn` and at last one
             :class:`Ended`.
         max_message_bytes: the longest request that is accepted.
+
+    The node calls :meth:`taken` for every event that it takes out of the inbox, but not for the
+    last one.
     """
 
     def __init__(
@@ -109,6 +122,10 @@ class Stream:
         self._server = server
         self._inbox = inbox
         self._assembler = Assembler(max_message_bytes)
+        self._welcomed = False
+        self._refused = ""
+        self._closed = False
+        self._room = threading.Semaphore(_MOST_EVENTS)
         self._goodbye: pb.Goodbye | None = None
         self._outbox: SimpleQueue[Iterable[pb.HolderFrame] | None] = SimpleQueue()
         self._outbox.put([pb.HolderFrame(hello=hello)])
@@ -120,7 +137,18 @@ class Stream:
 
     def send(self, reply: Outgoing) -> None:
         """Send a reply after those before it."""
+        if self._outbox.qsize() >= _MOST_REPLIES:
+            self.refuse("the coordinator asks again and again and takes no reply")
         self._outbox.put(reply.frames())
+
+    def taken(self) -> None:
+        """The node has taken an event out of the inbox: there is room for another one."""
+        self._room.release()
+
+    def refuse(self, reason: str) -> None:
+        """End the connection because the coordinator broke the link's contract."""
+        self._refused = f"the coordinator broke the link's contract: {reason}"
+        self._call.cancel()
 
     def leave(self, reason: str) -> None:
         """Send what is waiting, say goodbye, and let the coordinator end the stream."""
@@ -130,6 +158,8 @@ class Stream:
 
     def close(self) -> None:
         """Cut the connection, if it still stands, and free what it holds."""
+        self._closed = True
+        self._room.release()  # the reader may be waiting
         self._call.cancel()
         self._outbox.put(None)
         self._reader.join()
@@ -144,17 +174,30 @@ class Stream:
         try:
             for frame in self._call:
                 self._take(frame)
+                if self._goodbye is not None:  # nothing may follow, and nobody need wait for it
+                    self._call.cancel()
+                    break
         except grpc.RpcError as error:
             ended = self._failure(error)
         except WireError as error:
-            ended = Ended(self, f"the coordinator broke the link's contract: {error}")
-            self._call.cancel()
+            self.refuse(str(error))
+        if self._refused:
+            ended = Ended(self, shown(self._refused))
         self._inbox.put(self._farewell() or ended)
         self._outbox.put(None)
 
+    def _tell(self, event: Welcomed | Asked | Withdrawn) -> None:
+        """Put an event into the inbox once the node has taken enough of those before it."""
+        if not self._closed:
+            self._room.acquire()
+        self._inbox.put(event)
+
     def _take(self, frame: pb.CoordinatorFrame) -> None:
         request: Incoming | None = None
-        match frame.WhichOneof("kind"):
+        kind = frame.WhichOneof("kind")
+        if kind in ("header", "chunk", "withdraw") and not self._welcomed:
+            raise WireError(f"a frame of kind {kind} came before Welcome")
+        match kind:
             case "chunk":
                 request = self._assembler.add(frame.chunk)
             case "header":
@@ -162,25 +205,29 @@ class Stream:
             case "withdraw":
                 if self._assembler.message_id == frame.withdraw.message_id:
                     self._assembler.abandon()
-                self._inbox.put(Withdrawn(self, frame.withdraw.message_id))
+                self._tell(Withdrawn(self, frame.withdraw.message_id))
             case "welcome":
-                self._inbox.put(Welcomed(self, frame.welcome))
+                if self._welcomed:
+                    raise WireError("a second Welcome came")
+                self._welcomed = True
+                self._tell(Welcomed(self, frame.welcome))
             case "goodbye":
                 self._goodbye = frame.goodbye
             case _:
                 raise WireError("a frame of unknown kind came; update sotto")
         if request is not None:
-            self._inbox.put(Asked(self, request))
+            self._tell(Asked(self, request))
 
     def _farewell(self) -> Ended | None:
         goodbye = self._goodbye
         if goodbye is None:
             return None
-        final = LinkError(goodbye.reason) if goodbye.code == pb.Goodbye.REPLACED else None
-        return Ended(self, goodbye.reason, final)
+        reason = shown(goodbye.reason)
+        final = LinkError(reason) if goodbye.code == pb.Goodbye.REPLACED else None
+        return Ended(self, reason, final)
 
     def _failure(self, error: grpc.RpcError) -> Ended:
-        code, details = error.code(), error.details() or ""
+        code, details = error.code(), shown(error.details() or "", 1000)
         final = None
         if code in _REFUSALS:
             final = LinkError(f"the coordinator at {self._server} refuses this holder: {details}")
@@ -188,14 +235,11 @@ class Stream:
             final = LinkError(
                 f"what answers at {self._server} is not a Sotto coordinator; check --server"
             )
-        elif "CERTIFICATE_VERIFY_FAILED" in details:
-            final = LinkError(
-                f"the certificate shown at {self._server} is not that of this holder's federation "
-                "or not for this host name; check --server, have the coordinator name the host "
-                "with --host-name, or install the bundle of the right federation"
-            )
-        elif "failed to connect to all addresses" in details:  # gRPC's words, with every address
-            details = f"nobody answers at {self._server}"
+        elif code is grpc.StatusCode.UNAVAILABLE:
+            failure = connection_failure(self._server, details)
+            if failure is not None:
+                details = failure.sentence
+                final = LinkError(details) if failure.final else None
         return Ended(self, details or code.name, final)
 
 

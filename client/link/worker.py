@@ -34,7 +34,7 @@ class Job:
         request: as received.
         node_id: the holder's, as the coordinator knows it.
         arrived: when, on the monotonic clock.
-        started: the handler has it, or had it.
+        started: the handler has it.
         withdrawn: nobody wants the reply any more.
         reply: the result.
     """
@@ -54,13 +54,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """A job is done, or was skipped because it was withdrawn."""
+    """A job is done."""
 
     job: Job
 
 
 class Worker:
-    """Does jobs one after the other on a thread that does not keep the process alive.
+    """Does one job at a time, on a thread that does not keep the process alive.
 
     Args:
         handler: answers requests.
@@ -78,7 +78,8 @@ class Worker:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Do ``job`` after those before it."""
+        """Do ``job``; there must be none at work."""
+        job.started = True
         self._jobs.put(job)
 
     def stop(self) -> None:
@@ -87,9 +88,7 @@ class Worker:
 
     def _work(self) -> None:
         for job in iter(self._jobs.get, None):
-            job.started = True
-            if not job.withdrawn:
-                job.reply = _answer(self._handler, job)
+            job.reply = _answer(self._handler, job)
             self._inbox.put(Finished(job))
 
 

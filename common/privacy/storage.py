@@ -178,5 +178,6 @@ def _sqlite_errors(name: str) -> Iterator[None]:
             f"the ledger {name} cannot be used ({error}); check that its folder is there and "
             "writable, that the disk is not full and that no other process holds it"
         ) from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        # Python decodes what SQLite says of a damaged schema, and the damage is in it.
         raise StateError(f"the ledger {name} is damaged ({error}); {_REMEDY}") from error

@@ -6,7 +6,6 @@ were released, and using them is post-processing.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from common.errors import ConfigurationError
 from common.tasks.base import Examples, Task
+from common.texts import read_toml
 
 __all__ = ["InputScaling", "check_scaling", "read_scaling", "scaled", "scaling_text"]
 
@@ -117,10 +117,10 @@ def read_scaling(path: Path) -> list[dict[str, Any]]:
         ConfigurationError: the file is not there, or is not one that :func:`scaling_text` wrote.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path.read_text())
     except OSError as error:
         raise ConfigurationError(f"--scaling {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # a text that is not UTF-8, too
         raise ConfigurationError(f"--scaling {path} is not TOML: {error}") from None
     found = values.get("scaling")
     if set(values) != {"scaling"} or not isinstance(found, list) or not found:

@@ -74,6 +74,10 @@ class Mailroom:
         queue = self._queues.get(node_id, {})
         return next((r for r in queue.values() if r.carried_by is not session), None)
 
+    def owed_by(self, node_id: int) -> list[Request]:
+        """All open requests of a holder."""
+        return list(self._queues.get(node_id, {}).values())
+
     def is_open(self, request: Request) -> bool:
         """Whether a request still waits for its reply."""
         return self._open.get(request.id) is request

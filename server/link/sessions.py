@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from common.link import federation_pb2 as pb
+from common.link.transfer import Assembler
+from server.link.admission import Admitted
 
 __all__ = ["Holder", "Session"]
 
@@ -21,6 +23,7 @@ class Holder:
     name: str
     task: str = ""
     software: str = ""
+    address: str = ""
 
 
 @dataclass(eq=False)
@@ -29,17 +32,25 @@ class Session:
 
     Args:
         holder: who it is.
+        assembler: holds the one reply that is coming in.
+        admitted: with which certificate, if any.
         control: frames that go before the next message.
         wake: set when there may be something to write.
         ending: set when nothing may be written after ``control``.
         limit: how long the stream may still last; without limit until it is ending.
+        asked: requests that were sent on it.
+        unwanted: replies that came on it and counted for nothing.
     """
 
     holder: Holder
+    assembler: Assembler
+    admitted: Admitted = field(default_factory=Admitted)
     control: deque[pb.CoordinatorFrame] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ending: bool = False
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
+    asked: int = 0
+    unwanted: int = 0
 
     def say(self, frame: pb.CoordinatorFrame) -> None:
         """Send a control frame soon, unless goodbye was said."""
@@ -48,8 +59,13 @@ class Session:
             self.wake.set()
 
     def end(self, code: pb.Goodbye.Code, reason: str) -> None:
-        """Say goodbye and nothing more, not even that to a peer that no longer listens."""
+        """Say goodbye and nothing more, not even that to a peer that no longer listens.
+
+        What it has sent of a reply is forgotten: its request goes to the stream that replaces this
+        one, if any, and the reply will come whole on that.
+        """
         if not self.ending:
             self.say(pb.CoordinatorFrame(goodbye=pb.Goodbye(code=code, reason=reason)))
             self.ending = True
+            self.assembler.discard()
             self.limit.reschedule(asyncio.get_running_loop().time() + _FAREWELL_TIMEOUT)

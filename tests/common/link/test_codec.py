@@ -139,7 +139,7 @@ def _incoming(layout: pb.Layout, data: bytes = b"", **changes: object) -> Incomi
 
 _EMPTY = pb.Layout()
 _LIAR = _npy().replace(b"(3,)", b"(9,)")
-_PICKLED = _npy().replace(b"'<f4'", b"'|O' ")
+_PICKLED = _npy().replace(b"'<f4'", b"'|O'").replace(b" \n", b"  \n")
 
 MALFORMED: dict[str, tuple[Callable[[], Incoming], str]] = {
     "too short": (lambda: _incoming(_EMPTY, payload_bytes=5), "promises 5"),
@@ -163,14 +163,14 @@ MALFORMED: dict[str, tuple[Callable[[], Incoming], str]] = {
     "bool metric": (lambda: _with_values("metrics", pb.ValueEntry(truth=True)), "metric"),
     "pickle as stype": (lambda: _with_array(stype="pickle"), "'pickle' is not known"),
     "object dtype": (lambda: _with_array(dtype="object"), "'object' is not allowed"),
-    "pickled npy": (lambda: _with_array(data=_PICKLED), "but its data say object"),
+    "pickled npy": (lambda: _with_array(data=_PICKLED), r"'\|O', which is no element type"),
     "other dtype": (lambda: _with_array(dtype="int32"), "but its data say float32"),
     "other shape": (lambda: _with_array(shape=[4]), r"but its data say float32 \[3\]"),
     "lying npy": (lambda: _with_array(data=_LIAR, shape=[9]), "12 bytes of elements"),
     "huge shape": (lambda: _with_array(shape=[2**62, 2**62]), "but its data say"),
     "many dimensions": (lambda: _with_array(shape=[1] * 40), "40 dimensions"),
-    "no npy": (lambda: _with_array(data=b"x" * 200), "not a readable npy"),
-    "no data": (lambda: _with_array(data=b""), "not a readable npy"),
+    "no npy": (lambda: _with_array(data=b"x" * 200), "not an npy array"),
+    "no data": (lambda: _with_array(data=b""), "not an npy array"),
     "beyond payload": (lambda: _with_array(data_bytes=2**60), "too early"),
     "newer npy": (lambda: _with_array(data=b"\x93NUMPY\x03\x00" + b" " * 99), "version 1.0"),
 }
