@@ -9,8 +9,11 @@
     ├── LinkError            a connection or identity that cannot be used
     ├── StateError           a state folder, checkpoint or ledger that cannot be trusted
     ├── Refusal              a holder declines a request; ``code`` names the rule
-    │   └── BudgetExceeded   ... because the ledger would pass its budget
+    │   ├── BudgetExceeded   ... because the ledger would pass its budget
+    │   └── ProtocolViolation ... because the coordinator broke secure aggregation
     └── RunError             a run that cannot go on (no quorum, every holder refused)
+        └── AggregationFailed a secure sum that did not come about; the next round may
+            └── BelowThreshold ... because too few holders remained
 
 The message of each says what was found, what is allowed and what to do. Only the message of
 a :class:`Refusal` may leave a holder: it is made of the plan's and the policy's own figures and
@@ -20,10 +23,13 @@ never of data. Of every other exception the coordinator learns the type, not the
 from __future__ import annotations
 
 __all__ = [
+    "AggregationFailed",
+    "BelowThreshold",
     "BudgetExceeded",
     "ConfigurationError",
     "DataError",
     "LinkError",
+    "ProtocolViolation",
     "Refusal",
     "RunError",
     "SottoError",
@@ -60,6 +66,29 @@ class RunError(SottoError):
     """A run that cannot go on."""
 
 
+class AggregationFailed(RunError):
+    """A secure sum did not come about; nothing was learned, and the next round may succeed."""
+
+
+class BelowThreshold(AggregationFailed):
+    """Too few holders remained in a secure round.
+
+    Args:
+        stage: the round of the protocol, by its name in Bonawitz et al. 2017.
+        have: holders that remained.
+        need: the plan's threshold.
+        of: holders that the round began with.
+    """
+
+    def __init__(self, stage: str, *, have: int, need: int, of: int) -> None:
+        super().__init__(
+            f"secure aggregation: {have} of {of} holders remained at {stage}, {need} are needed"
+        )
+        self.stage = stage
+        self.have = have
+        self.need = need
+
+
 class Refusal(SottoError):
     """A holder declines a request.
 
@@ -85,3 +114,14 @@ class BudgetExceeded(Refusal):
     def __init__(self, sentence: str, *, left: float) -> None:
         super().__init__("budget", sentence)
         self.left = left
+
+
+class ProtocolViolation(Refusal):
+    """The coordinator asked for what secure aggregation forbids; nothing more is sent.
+
+    Args:
+        code: the name of the attack: ``"swapped-keys"``, ``"lone-holder"``, ``"roster"``,
+            ``"replay"``, ``"threshold"``, ``"survivor-lists"``, ``"both-kinds-of-share"``,
+            ``"tampered-shares"`` or ``"out-of-order"``.
+        sentence: what was found and what to do.
+    """

@@ -1,0 +1,1 @@
+"""Secure aggregation: the coordinator learns a sum, and nothing else about what was summed."""
