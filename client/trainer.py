@@ -7,8 +7,8 @@ import math
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from opacus import GradSampleModule
@@ -16,7 +16,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
-from common.guarantees import Privacy
+from common.guarantees import DistributedPrivacy, Privacy
 from common.plan import TrainingPlan
 from common.privacy.noise import Randomness, poisson_sample
 from common.privacy.step import check_model, clipped_sum, noisy_mean
@@ -35,6 +35,12 @@ __all__ = ["Trainer", "pick_device"]
 
 LARGEST_GRADIENT_CHUNK = 2**26
 """Numbers of per-unit gradient held at once (256 MiB); larger batches go through in parts."""
+
+ROWS = 64
+"""Units go through a model in multiples of so many. How a row of a matrix product is rounded
+depends on how many rows there are, as the last few go through another kernel. With parameters on
+which a unit's output is all cancellation, rounding would decide its clipped gradient, and one unit
+that comes or goes would move the gradients of others."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -151,7 +157,8 @@ class Trainer:
         """What the task's metrics and cells need to know of held-out units: [B, …]."""
         self._load(parameters, private)
         self._model.eval()
-        return self.task.predictions(self._model, test.to(self.device))
+        predictions = self.task.predictions(self._model, _filled_up(test.to(self.device), ROWS))
+        return predictions[: len(test)]
 
     def train(
         self,
@@ -186,7 +193,66 @@ class Trainer:
             raise
         return shared_of(self.task, self._model) - parameters, private_of(self.task, self._model)
 
+    def gradient_sum(
+        self,
+        plan: TrainingPlan,
+        parameters: Tensor,
+        private: Mapping[str, Tensor] | None,
+        randomness: Randomness,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over all units of each one's gradient at ``parameters``, clipped, without noise.
+
+        It must not leave as it is: :func:`common.privacy.distributed.noised_steps` adds this
+        holder's share of the noise, which protects only in the sum with other holders'.
+
+        Gradients are computed in the model's float32; norms, clipping and the sum in float64,
+        whose rounding moves a sum of about two million clipped gradients by less than a thousandth
+        of C.
+
+        Args:
+            plan: calibrated, its noise in the sum.
+            parameters: shared, [D] float32.
+            private: this holder's private parameters after its last round; None for the first.
+            randomness: of the task's own draws.
+
+        Returns:
+            The sum, [D] float64 on the CPU, and the private parameters after a step of their own.
+
+        Raises:
+            ConfigurationError: the plan's noise is not in the sum.
+        """
+        if not isinstance(plan.privacy, DistributedPrivacy):
+            raise ConfigurationError(
+                f"a sum leaves without its full noise where the noise is in the sum of holders "
+                f"only, and the plan's privacy is {plan.privacy.kind!r}"
+            )
+        self._load(parameters, private)
+        optimizer = self._private_optimizer()
+        model = self._per_unit_gradients()
+        total = torch.zeros(self.dimension, dtype=torch.float64)
+        self._model.train()
+        try:
+            _zero(optimizer)
+            for part, _ in self._chunks(self._sample(plan, randomness)):
+                total += self._clipped_sum(model, part, plan.privacy.clip_norm)
+            if optimizer is not None:
+                optimizer.step()
+        except BaseException:
+            # As in train: what a broken step left would fail every later one.
+            self._unhook()
+            raise
+        return total, private_of(self.task, self._model)
+
     # -- one step ----------------------------------------------------------------------------
+
+    def _clipped_sum(self, model: GradSampleModule, batch: Examples, clip_norm: float) -> Tensor:
+        """Of a batch, in float64: [D] on the CPU."""
+        shared: list[Any] = self._shared_parameters()  # Opacus gives them grad_sample
+        for parameter in shared:
+            parameter.grad = parameter.grad_sample = None
+        self._backward(model, shared, batch)
+        sums = clipped_sum([parameter.grad_sample.double() for parameter in shared], clip_norm)
+        return torch.cat([each.flatten() for each in sums]).cpu()
 
     def _sample(self, plan: TrainingPlan, randomness: Randomness) -> Examples:
         """The batch of a Poisson sample of the units."""
@@ -257,7 +323,7 @@ class Trainer:
             _zero(optimizer, private)
             for part, last in self._chunks(batch):
                 optimizer.signal_skip_step(do_skip=not last)
-                self._backward(model, optimizer, part)
+                self._backward(model, optimizer.params, part)
                 optimizer.step()
                 if not last:
                     optimizer.zero_grad(set_to_none=True)
@@ -267,31 +333,38 @@ class Trainer:
         return step
 
     def _backward(
-        self, model: GradSampleModule, optimizer: _PrivateOptimizer, batch: Examples
+        self, model: GradSampleModule, parameters: Sequence[Any], batch: Examples
     ) -> None:
+        """Leaves each unit's gradient in ``parameters``."""
         if len(batch):
             with warnings.catch_warnings():
                 # torch warns that inputs of the first layer need no gradient; they never do here.
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")
-                losses = self.task.loss(model, batch)
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-            self._require_one_gradient_a_unit(len(batch), losses)
+                whole = _filled_up(batch, min(ROWS, self._chunk_units))
+                losses = self.task.loss(model, whole)
+                self._require_one_loss_a_unit(len(whole), losses)
+                losses[: len(batch)].sum().backward()  # type: ignore[no-untyped-call]
+            self._require_one_gradient_a_unit(len(whole))
+            for parameter in parameters:
+                parameter.grad_sample = parameter.grad_sample[: len(batch)]
         else:
             # An empty Poisson batch is ordinary: its clipped sum is zero, and noise is added.
-            for parameter in optimizer.params:
+            for parameter in parameters:
                 parameter.grad_sample = torch.zeros((0, *parameter.shape), device=self.device)
 
-    def _require_one_gradient_a_unit(self, units: int, losses: Tensor) -> None:
-        """What clipping bounds is one unit's whole gradient; more rows would each get a bound.
-
-        Raises:
-            ConfigurationError: the task's loss or model does not keep one entry for each unit.
-        """
+    def _require_one_loss_a_unit(self, units: int, losses: Tensor) -> None:
         if losses.shape != (units,):
             raise ConfigurationError(
                 f"the loss of task {self.task.name!r} has shape {list(losses.shape)}, expected "
                 f"one value for each of {units} units"
             )
+
+    def _require_one_gradient_a_unit(self, units: int) -> None:
+        """What clipping bounds is one unit's whole gradient; more rows would each get a bound.
+
+        Raises:
+            ConfigurationError: the task's model does not keep one entry for each unit.
+        """
         for name, parameter in named_shared(self.task, self._model):
             rows = getattr(parameter, "grad_sample", None)
             if not isinstance(rows, Tensor) or len(rows) != units:
@@ -310,13 +383,18 @@ class Trainer:
 
     def _chunks(self, batch: Examples) -> Iterator[tuple[Examples, bool]]:
         """The batch in parts whose per-unit gradients fit in memory, and whether it is the last."""
-        size = max(1, LARGEST_GRADIENT_CHUNK // self.dimension)
-        parts = torch.split(torch.arange(len(batch), device=self.device), size)
+        parts = torch.split(torch.arange(len(batch), device=self.device), self._chunk_units)
         if len(parts) <= 1:
             yield batch, True
             return
         for number, index in enumerate(parts, start=1):
             yield batch.take(index), number == len(parts)
+
+    @property
+    def _chunk_units(self) -> int:
+        """Units whose gradients are held at once: a multiple of :data:`ROWS`, or fewer."""
+        size = max(1, LARGEST_GRADIENT_CHUNK // self.dimension)
+        return size - size % ROWS if size > ROWS else size
 
     def _proximal_pull(self, plan: TrainingPlan, start: Tensor) -> Callable[[], None]:
         """FedProx (Li et al. 2020, eq. 2): adds μ(w − w_start) to the gradient.
@@ -324,7 +402,7 @@ class Trainer:
         It depends on parameters only, so it comes after the noise and costs no privacy.
         """
         mu = plan.strategy.proximal_mu
-        parameters = [parameter for _, parameter in named_shared(self.task, self._model)]
+        parameters = self._shared_parameters()
         anchors = torch.split(start, [parameter.numel() for parameter in parameters])
 
         def pull() -> None:
@@ -380,10 +458,13 @@ class Trainer:
             return self.task.model(self.units).to(self.device)
 
     def _optimizer(self, plan: TrainingPlan) -> torch.optim.Optimizer:
-        parameters = [parameter for _, parameter in named_shared(self.task, self._model)]
+        parameters = self._shared_parameters()
         if plan.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=plan.learning_rate)
         return torch.optim.SGD(parameters, lr=plan.learning_rate, momentum=plan.momentum)
+
+    def _shared_parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in named_shared(self.task, self._model)]
 
     def _private_optimizer(self) -> torch.optim.Optimizer | None:
         if not self.task.private_parameters:
@@ -394,6 +475,16 @@ class Trainer:
             if name in self.task.private_parameters
         ]
         return torch.optim.SGD(parameters, lr=self.task.private_learning_rate)
+
+
+def _filled_up(units: Examples, multiple: int) -> Examples:
+    """Units and, behind them, the first one again until there is a multiple of so many."""
+    missing = -len(units) % multiple
+    if not missing or not len(units):
+        return units
+    device = next(iter(units.tensors.values())).device
+    index = torch.arange(len(units) + missing, device=device)
+    return units.take(torch.where(index < len(units), index, 0))
 
 
 def _zero(*optimizers: torch.optim.Optimizer | None) -> None:

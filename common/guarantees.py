@@ -13,10 +13,11 @@ from pydantic import Field, model_validator
 
 from common.errors import ConfigurationError
 from common.frozen import Frozen
-from common.privacy.accounting import noise_multiplier, release_noise
+from common.privacy.accounting import distributed_noise, noise_multiplier, release_noise
 from common.privacy.events import (
     Composition,
     DiscreteGaussian,
+    DistributedGaussian,
     SubsampledGaussian,
     Unprotected,
     gaussian,
@@ -25,10 +26,12 @@ from common.privacy.matrix import participations
 from common.tasks.base import Unit
 
 if TYPE_CHECKING:
+    from common.aggregation import SecureSum
     from common.plan import TrainingPlan
 
 __all__ = [
     "CentralPrivacy",
+    "DistributedPrivacy",
     "HistogramEvaluation",
     "LocalEvaluation",
     "NonPrivate",
@@ -85,6 +88,111 @@ class Privacy(Frozen):
             f"removing that {self.unit}, against a {self.adversary} that sees every update and "
             "against whoever gets the model."
         )
+
+
+SENSITIVITY_MARGIN = 1.002
+"""By what factor a unit may move a rounded sum of clipped gradients by more than C: a thousandth
+for the arithmetic of floats, and as much for rounding to whole steps (:meth:`longest_step`)."""
+
+FURTHEST_NOISE = 12.0
+"""Deviations that no draw of a share of noise exceeds, but with a probability below 1e-32."""
+
+
+class DistributedPrivacy(Frozen):
+    """Differential privacy of the sum over holders, each of which adds a share of the noise.
+
+    Every round is one step of DP-SGD on all holders' data together. A holder sums its units'
+    clipped gradients, rounds the sum to whole steps of the ring, adds discrete Gaussian noise and
+    masks it (Kairouz, Liu & Steinke 2021, "The distributed discrete Gaussian mechanism for
+    federated learning with secure aggregation"). The *unit* is one record or user at one holder;
+    neighbours differ by one of them added or removed. The *adversary* sees the sum over the
+    survivors of every round, and may know the noise of as many holders as the plan's ``coalition``
+    says: those help it. It does not see a single holder's vector: that is what secure aggregation
+    is for, and what this rests on.
+
+    Args:
+        epsilon: the target ε of all rounds together.
+        delta: δ; must be below 1/n of the unit at every holder.
+        unit: whose privacy is counted.
+        clip_norm: C, the L2 bound of one unit's gradient.
+        noise_multiplier: σ, the deviation of the noise of any ``min_holders`` − ``coalition``
+            holders together, over what one unit moves their sum by; None until calibrated.
+        adversary: against whom ε holds.
+    """
+
+    kind: Literal["distributed"] = "distributed"
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    unit: Unit
+    clip_norm: float = Field(ge=1e-6)
+    noise_multiplier: float | None = Field(default=None, gt=0, le=LARGEST_NOISE_MULTIPLIER)
+    adversary: Literal["sum"] = "sum"
+
+    def event(self, sampling_rate: float, steps: int) -> DistributedGaussian:
+        """The accountant's event of ``steps`` rounds; every unit is in each."""
+        if sampling_rate != 1.0:
+            raise ConfigurationError(
+                f"noise in the sum is accounted for with every unit in every step, got "
+                f"sampling_rate={sampling_rate:g}; set batch_size to 'full'"
+            )
+        return DistributedGaussian(_calibrated_noise(self.noise_multiplier), steps)
+
+    def calibrated(self, plan: TrainingPlan) -> DistributedPrivacy:
+        """The same target with the least noise that meets it over all rounds."""
+        sigma = distributed_noise(plan.rounds, self.epsilon, self.delta)
+        return self.model_copy(update={"noise_multiplier": _allowed_noise(sigma)})
+
+    def share(self, plan: TrainingPlan) -> float:
+        """Deviation of one holder's noise, in the units of a gradient.
+
+        Variances add, so those of t − c holders make σ times the sensitivity.
+        """
+        sigma = _calibrated_noise(self.noise_multiplier)
+        return sigma * SENSITIVITY_MARGIN * self.clip_norm / math.sqrt(_honest(plan))
+
+    def longest_step(self, plan: TrainingPlan) -> float:
+        """The longest step of the ring that the sensitivity's margin allows.
+
+        Rounding a sum moves each coordinate by at most half a step, so two neighbours' rounded
+        sums differ by at most C and √D steps; a thousandth of C is what the margin has for it. The
+        noise of one holder is at least 64 steps, where the sum of discrete Gaussians is one itself
+        but for less than any float can say (Kairouz et al. 2021, theorem 1).
+        """
+        rounding = 1e-3 * self.clip_norm / math.sqrt(_secure_sum(plan).dimension)
+        return min(rounding, self.share(plan) / 64)
+
+    def largest_number(self, plan: TrainingPlan) -> float:
+        """What no coordinate of a holder's noised sum exceeds."""
+        return plan.most_units * self.clip_norm * SENSITIVITY_MARGIN + FURTHEST_NOISE * self.share(
+            plan
+        )
+
+    def guarantee(self, epsilon: str = "") -> str:
+        """The guarantee in one sentence: unit, neighbouring relation, δ, adversary.
+
+        Args:
+            epsilon: what to write for ε; its value if left out.
+        """
+        figure = epsilon or f"{self.epsilon:g}"
+        return (
+            f"For each {self.unit} at each holder, the sums of this run are ({figure}, "
+            f"{self.delta:g})-differentially private under adding or removing that {self.unit}, "
+            "against a coordinator that sees every sum and no single holder's part of it, and "
+            "against whoever gets the model and took no part. Who took part knows its own share of "
+            "the noise: against a holder it is the guarantee with one holder's help."
+        )
+
+
+def _secure_sum(plan: TrainingPlan) -> SecureSum:
+    aggregation = plan.aggregation
+    if aggregation.kind != "secure-sum":
+        raise ConfigurationError("noise in the sum needs aggregation 'secure-sum'")
+    return aggregation
+
+
+def _honest(plan: TrainingPlan) -> int:
+    """Holders whose noise is in every sum and unknown to the adversary."""
+    return plan.min_holders - _secure_sum(plan).coalition
 
 
 class NonPrivate(Frozen):

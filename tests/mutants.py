@@ -19,8 +19,9 @@ from torch import Tensor
 from client import holder, trainer
 from client.holder import Holder
 from client.state import Stored
-from common.guarantees import Privacy
-from common.privacy import step
+from common import guarantees
+from common.guarantees import DistributedPrivacy, Privacy
+from common.privacy import distributed, step
 from common.privacy.account import Account
 from common.privacy.noise import Randomness, SeededRandomness
 
@@ -108,6 +109,28 @@ def _each_run_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Account, "check", lambda self, *args, **rest: real(Account(), *args, **rest))
 
 
+def _a_share_of_everybody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guarantees, "_honest", lambda plan: plan.cohort)
+
+
+def _a_share_for_the_coalition(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guarantees, "_honest", lambda plan: plan.min_holders)
+
+
+def _rounding_for_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(DistributedPrivacy, "longest_step", lambda self, plan: self.share(plan) / 64)
+
+
+def _noise_without_its_steps(patch: pytest.MonkeyPatch) -> None:
+    """A share's deviation in the units of a gradient, where it should be in steps."""
+    real = distributed.discrete_gaussian
+    patch.setattr(
+        distributed,
+        "discrete_gaussian",
+        lambda n, sigma, randomness: real(n, min(sigma, 1.0), randomness),
+    )
+
+
 def _one_seed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(holder, "OsRandomness", lambda: SeededRandomness(0))
 
@@ -132,6 +155,7 @@ def _sent_before_it_is_charged(patch: pytest.MonkeyPatch) -> None:
 
 
 _TRAINER, _STEP = "tests/client/test_trainer.py::", "tests/common/privacy/test_step.py::"
+_SUM = "tests/common/privacy/test_distributed.py::"
 _APP, _PLAN = "tests/client/test_holder.py::", "tests/common/test_plan.py::"
 _NOISE = _TRAINER + (
     "test_the_noise_is_gaussian_with_the_plans_deviation_and_empty_batches_get_it_too"
@@ -182,6 +206,29 @@ MUTANTS: Mapping[str, Mutant] = MappingProxyType(
             [
                 _TRAINER + "test_a_record_without_a_finite_gradient_counts_zero",
                 _STEP + "test_a_unit_with_a_broken_gradient_adds_exactly_zero",
+            ],
+        ),
+        "share-of-everybody": Mutant(
+            "each holder's share of the noise is sized for all holders, not for the fewest",
+            _a_share_of_everybody,
+            [_SUM + "test_the_noise_of_the_fewest_honest_survivors_is_the_full_noise"],
+        ),
+        "share-of-the-coalition": Mutant(
+            "noise that a coalition knows counts as noise",
+            _a_share_for_the_coalition,
+            [_SUM + "test_the_noise_of_the_fewest_honest_survivors_is_the_full_noise"],
+        ),
+        "rounding-for-nothing": Mutant(
+            "steps of the ring are so long that rounding moves a sum by more than the margin",
+            _rounding_for_nothing,
+            [_SUM + "test_one_unit_moves_the_rounded_sum_by_no_more_than_the_noise_is_sized_for"],
+        ),
+        "share-in-the-wrong-unit": Mutant(
+            "a share of the noise counts steps of the ring as if they were gradients",
+            _noise_without_its_steps,
+            [
+                _SUM + "test_the_noise_of_the_fewest_honest_survivors_is_the_full_noise",
+                _SUM + "test_parts_are_gaussian_about_the_sum_and_independent",
             ],
         ),
         "ledger-after-sending": Mutant(

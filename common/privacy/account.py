@@ -26,6 +26,7 @@ class Account:
         self._affordable: dict[tuple[str, Budget], Composition] = {}
         # Data set → day, YYYY-MM-DD in UTC → the rounds of runs that anything was released for.
         self._days: dict[str, dict[str, set[tuple[str, int]]]] = {}
+        self._holder: Remark | None = None
 
     def apply(self, entry: Entry) -> None:
         """Take in the next entry.
@@ -33,6 +34,9 @@ class Account:
         Raises:
             ValueError: it does not follow from those before; the ledger is not one we wrote.
         """
+        if entry.state == "holder":
+            self._holder = entry.remark
+            return
         if entry.remark is not None:
             self._take_note(entry.remark, lost=entry.state == "restored")
             return
@@ -46,6 +50,11 @@ class Account:
         self._reservations[entry.request_id] = replace(
             before, state="committed", reply_digest=entry.reply_digest
         )
+
+    @property
+    def holder(self) -> Remark | None:
+        """Whose the account is, as it was said last; None if it never was."""
+        return self._holder
 
     def find(self, request_id: str) -> Reservation | None:
         """Where a request stands; None if it was never made."""

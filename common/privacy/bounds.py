@@ -11,6 +11,9 @@ Each function returns a bound that holds by itself, or infinity where it cannot 
   (:mod:`common.privacy.prv`): tight, up to an error that is added on top. A case that its numerics
   cannot carry (δ of 10⁻⁸, 10⁸ steps, ε in the hundreds) is left to the others.
 
+For the Gaussian and the PRV bound, noise in shares is a Gaussian step with a thousandth less noise
+(:mod:`common.privacy.shares`); the Rényi bound has another proof, with all of it.
+
 All hold for adding and for removing a unit: the Gaussian bound because its pair is symmetric, the
 Rényi bound because removing is the worse of the two there (Mironov, Talwar & Zhang 2019, theorem
 5), the PRV bound because it takes the worse of both. An event of a kind that is not known is an
@@ -35,6 +38,7 @@ from numpy.typing import NDArray
 from common.privacy.events import (
     Composition,
     DiscreteGaussian,
+    DistributedGaussian,
     Event,
     SubsampledGaussian,
 )
@@ -42,6 +46,7 @@ from common.privacy.gaussian import gaussian_epsilon
 from common.privacy.losses import DiscreteGaussianLoss, Loss, SampledGaussianLoss
 from common.privacy.prv import LARGEST_ERROR, composed_epsilon, mesh_for, rounding
 from common.privacy.renyi import MOST_RUNS, check_known, divergences, renyi_epsilon
+from common.privacy.shares import as_gaussian
 
 __all__ = ["coarsen", "gaussian_bound", "prv_bound", "quick_bound", "renyi_bound"]
 
@@ -75,6 +80,7 @@ def quick_bound(composition: Composition, delta: float) -> float:
 
 def gaussian_bound(composition: Composition, delta: float) -> float:
     """The Gaussian bound; infinite if there is anything but Gaussian steps."""
+    composition = _with_gaussians(composition)
     steps = _gaussians(composition)
     if len(steps) < len(composition.events) or _total(steps) > MOST_RUNS:
         return math.inf
@@ -107,6 +113,7 @@ def prv_bound(composition: Composition, delta: float) -> float:
     alone, for which the Gaussian bound is exact.
     """
     rough = quick_bound(composition, delta)
+    composition = _with_gaussians(composition)
     steps, discrete = _gaussians(composition), _discrete(composition)
     if rough in (0.0, math.inf) or not (discrete or not _unsampled(steps)):
         return math.inf
@@ -233,6 +240,16 @@ def _loss(mechanism: Additive, *, added: bool) -> Loss:
     if isinstance(mechanism, DiscreteGaussian):
         return DiscreteGaussianLoss(mechanism.noise_multiplier)
     return SampledGaussianLoss(mechanism.sampling_rate, mechanism.noise_multiplier, added=added)
+
+
+def _with_gaussians(composition: Composition) -> Composition:
+    """With plain Gaussian steps in the place of noise in shares; costs no less."""
+    return Composition(
+        tuple(
+            as_gaussian(event) if isinstance(event, DistributedGaussian) else event
+            for event in composition
+        )
+    )
 
 
 def _gaussians(composition: Composition) -> list[SubsampledGaussian]:

@@ -1,18 +1,23 @@
-"""The discrete Gaussian, drawn exactly: noise for counts, without floating point.
+"""The discrete Gaussian, drawn exactly: noise for counts, and for sums in whole steps.
 
 Canonne, Kamath & Steinke 2020, "The discrete Gaussian for differential privacy", algorithms 1 to 3.
-A float is a rational number and is taken as exactly that one; from there on everything is whole
-numbers and fair bits, so that each integer comes with precisely its probability. There are no low
-bits that could tell what a draw was added to (Mironov 2012), and no tail that is cut off. How long
-a call takes does depend on its draws, a side channel (Jin et al. 2022, "Are we there yet? Timing
-and floating-point attacks on differential privacy systems") that is not closed here.
+A float σ is a rational number and is taken as exactly that one, and each integer comes with
+precisely its probability. There are no low bits that could tell what a draw was added to (Mironov
+2012), and no tail that is cut off. How long a call takes does depend on its draws, a side channel
+(Jin et al. 2022, "Are we there yet? Timing and floating-point attacks on differential privacy
+systems") that is not closed here.
 
-The algorithms are written for one draw and a loop; here each step is taken for many draws at once.
+Every decision of the algorithms is whether a uniform number, of which fair bits are known one after
+another, is below an exponential. Nearly always its first 53 bits decide, and floats can see it;
+where they are not sure, more bits and as many digits as it takes do (as Karney 2016, "Sampling
+exactly from the normal distribution", decides with lazily drawn digits). So many draws are made at
+once, and floats never change one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import Any
 
@@ -32,8 +37,14 @@ LARGEST_SIGMA = 2**40
 _SPARE = 16
 """Candidates beyond twice what is missing, so that few draws seldom need a second look."""
 
+_UNSURE = 1e-12
+"""A float's exponential is less than a hundredth of this away from the true one, see
+:func:`_accepted`."""
+
 Integers = npt.NDArray[Any]
 """[n] whole numbers: int64, or Python's where they may not fit."""
+
+Floats = npt.NDArray[np.float64]
 
 
 def discrete_gaussian(n: int, sigma: float, randomness: Randomness) -> Tensor:
@@ -58,13 +69,16 @@ def discrete_gaussian(n: int, sigma: float, randomness: Randomness) -> Tensor:
         raise ConfigurationError(f"sigma must be at least 0 and at most 2^40, got {sigma!r}")
     if sigma == 0:
         return torch.zeros(n, dtype=torch.int64)
-    variance = Fraction(sigma) ** 2
     scale = int(sigma) + 1
 
     def candidates(m: int) -> Integers:
-        drawn = _discrete_laplace(m, scale, randomness)
-        numerators, denominator = _excess(np.abs(drawn), scale, variance)
-        return drawn[_bernoulli_exp(numerators, denominator, randomness)]
+        """Discrete Laplace draws of this scale, algorithm 2, that both rejections leave."""
+        rest, whole = integers(m, scale, randomness), _geometric(m, randomness)
+        kept = _accepted(whole, rest, scale, sigma, randomness)
+        size = whole[kept] * scale + rest[kept]
+        negative = integers(len(size), 2, randomness) == 1
+        # Zero has one sign only, else it would come twice as often.
+        return np.asarray(np.where(negative, -size, size)[~(negative & (size == 0))])
 
     return torch.from_numpy(_first(n, candidates))
 
@@ -114,68 +128,91 @@ def _first(n: int, candidates: Callable[[int], Integers]) -> Integers:
     return kept[:n]
 
 
-def _bernoulli_exp(numerators: Integers, denominator: int, randomness: Randomness) -> Integers:
-    """Each is true with probability exp(−γ), γ = numerator/denominator ≥ 0: [n] bool.
-
-    Algorithm 1. A γ above 1 is its whole part, a coin of exp(−1) for each, and the rest.
-    """
-    whole, rest = numerators // denominator, numerators % denominator
-    heads, coins = np.ones(len(numerators), dtype=bool), 0
-    while (more := np.flatnonzero(heads & (whole > coins))).size:
-        heads[more] = _bernoulli_exp_unit(np.ones_like(more), 1, randomness)
-        coins += 1
-    heads[heads] = _bernoulli_exp_unit(rest[heads], denominator, randomness)
-    return heads
-
-
-def _bernoulli_exp_unit(numerators: Integers, denominator: int, randomness: Randomness) -> Integers:
-    """As :func:`_bernoulli_exp` for γ in [0, 1]: toss coins of γ/1, γ/2, ... up to a first tail.
-
-    That is after an odd number of tosses with probability 1 − γ + γ²/2! − … = exp(−γ).
-    """
-    heads = np.zeros(len(numerators), dtype=bool)
-    tossing, tosses = np.arange(len(numerators)), 1
-    while tossing.size:
-        fair = integers(len(tossing), denominator * tosses, randomness)
-        tail = (fair >= numerators[tossing]).astype(bool)
-        heads[tossing[tail]] = tosses % 2 == 1
-        tossing, tosses = tossing[~tail], tosses + 1
-    return heads
-
-
-def _discrete_laplace(tries: int, scale: int, randomness: Randomness) -> Integers:
-    """What ``tries`` leave of draws with P(x) ∝ exp(−|x|/t), t a whole ``scale``: int64.
-
-    Algorithm 2 with s = 1.
-    """
-    below = integers(tries, scale, randomness)
-    below = below[_bernoulli_exp(below, scale, randomness)]
-    size = below + scale * _geometric(len(below), randomness)
-    negative = integers(len(size), 2, randomness) == 1
-    # Zero has one sign only, else it would come twice as often.
-    return np.asarray(np.where(negative, -size, size)[~(negative & (size == 0))])
-
-
 def _geometric(n: int, randomness: Randomness) -> Integers:
-    """How many coins of exp(−1) come up heads before the first tail: [n] int64."""
-    heads = np.zeros(n, dtype=np.int64)
-    tossing = np.arange(n)
-    while tossing.size:
-        tossing = tossing[_bernoulli_exp_unit(np.ones_like(tossing), 1, randomness)]
-        heads[tossing] += 1
-    return heads
+    """Numbers V with P(V ≥ k) = exp(−k): [n] int64. V is −log of a uniform number, rounded down."""
+    words = _words(n, randomness)
+    uniform = _upper_bits(words)
+    whole = np.floor(-np.log(uniform + 2.0**-54))
+    near = np.minimum(abs(uniform - np.exp(-whole)), abs(uniform - np.exp(-whole - 1)))
+    found = whole.astype(np.int64)
+    for place in np.flatnonzero(near <= _UNSURE):
+        exact, count = _Uniform(int(words[place]), randomness), 0
+        while exact.below_exp(Fraction(count + 1)):
+            count += 1
+        found[place] = count
+    return found
 
 
-def _excess(sizes: Integers, scale: int, variance: Fraction) -> tuple[Integers, int]:
-    """γ = (|y| − σ²/t)² / (2σ²), to accept a discrete Laplace draw with probability exp(−γ).
+def _accepted(
+    whole: Integers, rest: Integers, scale: int, sigma: float, randomness: Randomness
+) -> npt.NDArray[np.bool_]:
+    """Which candidates stay: each with probability exp(−γ), [n] bool.
+
+    γ = r/t + (y − σ²/t)²/(2σ²) for the candidate y = k·t + r. The first term is algorithm 2's
+    rejection, and the second algorithm 3's; a coin of both is as good as two coins.
+
+    In floats γ is right to 10^−15·(4 + 4γ), and its exponential, of which e^−γ·γ ≤ 1, to 10^−14.
 
     Args:
-        sizes: |y|, [n] int64.
-        scale: t.
-        variance: σ² = a/b.
-
-    Returns:
-        The numerators (|y|·t·b − a)², Python's integers, and the denominator 2·a·b·t² of all.
+        whole: k, [n] int64.
+        rest: r, [n] int64, from 0 to t − 1.
+        scale: t = ⌊σ⌋ + 1.
+        sigma: σ.
+        randomness: of the coins.
     """
-    a, b = variance.numerator, variance.denominator
-    return (sizes.astype(object) * (scale * b) - a) ** 2, 2 * a * b * scale**2
+    words = _words(len(rest), randomness)
+    uniform = _upper_bits(words)
+    with np.errstate(over="ignore"):
+        away = (whole * scale + rest) / sigma - sigma / scale
+        chance = np.exp(-(rest / scale + away * away / 2))
+    kept = uniform < chance
+    for place in np.flatnonzero(abs(uniform - chance) <= _UNSURE):
+        gamma = _exponent(int(whole[place]), int(rest[place]), scale, sigma)
+        kept[place] = _Uniform(int(words[place]), randomness).below_exp(gamma)
+    return np.asarray(kept)
+
+
+def _exponent(whole: int, rest: int, scale: int, sigma: float) -> Fraction:
+    """γ of :func:`_accepted`, exactly."""
+    variance = Fraction(sigma) ** 2
+    away = whole * scale + rest - variance / scale
+    return Fraction(rest, scale) + away**2 / (2 * variance)
+
+
+class _Uniform:
+    """A number uniform in [0, 1), of which some bits are known; more are drawn as they are needed.
+
+    Args:
+        word: 64 fair bits, of which the upper 53 are the number's first.
+        randomness: of the further ones.
+    """
+
+    def __init__(self, word: int, randomness: Randomness) -> None:
+        self._number, self._bits = word >> 11, 53
+        self._randomness = randomness
+
+    def below_exp(self, gamma: Fraction) -> bool:
+        """Whether it is below exp(−γ), γ ≥ 0."""
+        while True:
+            with localcontext() as context:
+                # Two digits more than the bits; the rest is for three roundings and for γ·e^−γ.
+                context.prec = digits = self._bits // 3 + 8
+                bound = (-Decimal(gamma.numerator) / Decimal(gamma.denominator)).exp()
+                slack = Decimal(10) ** (4 - digits)
+                unit = Decimal(2) ** self._bits
+                if self._number + 1 <= (bound - slack) * unit:
+                    return True
+                if self._number >= (bound + slack) * unit:
+                    return False
+            self._number = (self._number << 64) | int(_words(1, self._randomness)[0])
+            self._bits += 64
+
+
+def _upper_bits(words: Integers) -> Floats:
+    """The first 53 bits of uniform numbers: [n] float64, exact."""
+    return np.asarray((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def _words(n: int, randomness: Randomness) -> Integers:
+    """[n] uint64 of fair bits."""
+    return np.asarray(randomness.words(n).numpy().view(np.uint64))

@@ -21,10 +21,13 @@ from itertools import chain
 from typing import Any, Protocol, Self
 
 from common.errors import ConfigurationError
+from common.texts import read_json
 
 __all__ = [
+    "FINEST_SHARE",
     "Composition",
     "DiscreteGaussian",
+    "DistributedGaussian",
     "Event",
     "Selection",
     "SubsampledGaussian",
@@ -32,6 +35,10 @@ __all__ = [
     "event_from_dict",
     "gaussian",
 ]
+
+
+FINEST_SHARE = 64.0
+"""Standard deviation, in whole numbers, that each share of distributed noise has at least."""
 
 
 class Event(Protocol):
@@ -152,6 +159,46 @@ class DiscreteGaussian:
 
 
 @dataclass(frozen=True, slots=True, order=True)
+class DistributedGaussian:
+    """Releases of a sum over parties, each of which added a share of discrete Gaussian noise.
+
+    Every party has an integer vector and adds independent noise of N_Z(0, σ_s²) to each of its
+    coordinates; only the sum is seen (Kairouz, Liu & Steinke 2021, "The distributed discrete
+    Gaussian mechanism for federated learning with secure aggregation", algorithms 1 and 2). One
+    unit is at one party and moves any number of coordinates of its vector. The adversary may know
+    the noise of some parties; theirs does not count here. What it knows nothing of are at least
+    one share, each of σ_s of at least :data:`FINEST_SHARE`, drawn by parties that follow the
+    protocol; further shares only help, being noise that is added to a release.
+
+    Args:
+        noise_multiplier: σ, the standard deviation of the shares that count, summed (variances
+            add), over the L2 norm by which one unit moves the integer vector at most; positive.
+        releases: how many such sums; at least 1.
+    """
+
+    noise_multiplier: float
+    releases: int
+
+    def __post_init__(self) -> None:
+        _check_noise(self.noise_multiplier)
+        _check_count("releases", self.releases)
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
+
+    @property
+    def count(self) -> int:
+        """How many releases."""
+        return self.releases
+
+    def times(self, count: int) -> Self:
+        """``count`` such releases."""
+        return replace(self, releases=count)
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON has it."""
+        return {"mechanism": "distributed-gaussian", **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, order=True)
 class Selection:
     """The best of a random number of runs, where nothing but the winner is released.
 
@@ -226,8 +273,12 @@ class Unprotected:
         return {"mechanism": "unprotected"}
 
 
-_MECHANISMS: Mapping[str, type[SubsampledGaussian | DiscreteGaussian | Selection | Unprotected]] = {
+_MECHANISMS: Mapping[
+    str,
+    type[SubsampledGaussian | DiscreteGaussian | DistributedGaussian | Selection | Unprotected],
+] = {
     "discrete-gaussian": DiscreteGaussian,
+    "distributed-gaussian": DistributedGaussian,
     "selection": Selection,
     "subsampled-gaussian": SubsampledGaussian,
     "unprotected": Unprotected,
@@ -362,8 +413,8 @@ class Composition:
             ConfigurationError: the text is not a list of events.
         """
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = read_json(text)
+        except ValueError as error:
             raise ConfigurationError(
                 f"a composition must be a JSON list of events: {error}"
             ) from None

@@ -257,6 +257,18 @@ class Ledger:
         with self._writing():
             self._append("budget", budget=budget, remark=Remark(by, (data_set,), sentence))
 
+    def note_holder(self, name: str, sentence: str) -> None:
+        """Write down whose account this is, unless the last entry about that says the same.
+
+        Args:
+            name: of the holder.
+            sentence: which keys it shows from now on.
+        """
+        remark = Remark(name, (), sentence)
+        with self._writing():
+            if self._account.holder != remark:
+                self._append("holder", remark=remark)
+
     def add_anchor(self, path: Path) -> None:
         """Note the last entry in one more file from now on; its folder must be there.
 
@@ -422,7 +434,7 @@ class Ledger:
 
     def _append(
         self,
-        state: Literal["reserved", "committed", "budget", "restored"],
+        state: Literal["reserved", "committed", "budget", "restored", "holder"],
         request_id: str = "",
         *,
         release: Release | None = None,

@@ -3,9 +3,9 @@
 An *entry* is one line of a holder's account, written once. A release begins with a ``reserved``
 entry, which has all its terms and the budget that it was granted under, and ends with a
 ``committed`` one. Nothing is ever given back: after a crash nobody can know that nothing left.
-Two more kinds of entry tell what people did: ``budget`` and ``restored``. Every entry's digest
-covers the digest before it, so no line can be changed, dropped or slipped in without changing all
-that follow.
+Two more kinds of entry tell what people did, ``budget`` and ``restored``; a last one, ``holder``,
+whose account this is. Every entry's digest covers the digest before it, so no line can be changed,
+dropped or slipped in without changing all that follow.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["GENESIS", "Budget", "Entry", "Kind", "Release", "Remark", "Reservati
 State = Literal["reserved", "committed"]
 """Of a release. Both are spent: what is reserved may have left before a crash."""
 
-_Does = Literal["reserved", "committed", "budget", "restored"]
+_Does = Literal["reserved", "committed", "budget", "restored", "holder"]
 
 Kind = Literal["update", "evaluation", "statistics", "selection"]
 """What left: a training update, scores of a model, figures of the data, a choice among models."""
@@ -137,8 +137,8 @@ class Remark:
     """What somebody did to the account, other than releasing.
 
     Args:
-        by: who, as the operating system has it.
-        data_sets: that it is about.
+        by: who, as the operating system has it; in a ``holder`` entry, the holder's own name.
+        data_sets: that it is about; none where it is about the account as a whole.
         sentence: what was done.
     """
 
@@ -163,13 +163,14 @@ class Entry:
         number: from 1, without gaps.
         state: what it does. ``reserved`` and ``committed``: the state that a release enters.
             ``budget``: somebody set a data set's budget. ``restored``: somebody said that this is
-            an older copy, so that its data sets' ε is unknown from here on.
+            an older copy, so that its data sets' ε is unknown from here on. ``holder``: whose the
+            account is, and the certificate that its releases leave under from here on.
         time: UTC, ISO 8601.
         request_id: of the release.
         release: its terms, in a ``reserved`` entry.
         budget: that the release was granted under, or that was set; None for no limit.
         reply_digest: sha256 of the stored reply, in a ``committed`` entry.
-        remark: in a ``budget`` and a ``restored`` entry.
+        remark: in a ``budget``, a ``restored`` and a ``holder`` entry.
     """
 
     number: int

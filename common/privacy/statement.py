@@ -1,4 +1,4 @@
-"""What a ledger says about one data set, for people: releases, ε, what is left, and its audit.
+"""What a ledger says, for people: of a data set its releases, ε, what is left, and its audit.
 
 Everything here is derived from the entries; nothing is stored.
 """
@@ -13,7 +13,16 @@ from common.privacy.accounting import affordable, epsilon
 from common.privacy.events import Composition
 from common.privacy.ledger import Budget, Entry, Kind, Ledger, Release
 
-__all__ = ["Cost", "Line", "Statement", "cost", "last_budget", "passed_budgets", "statement"]
+__all__ = [
+    "Cost",
+    "Line",
+    "Statement",
+    "cost",
+    "last_budget",
+    "owners",
+    "passed_budgets",
+    "statement",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +146,11 @@ def cost(
     more = float("inf") if after.unprotected else max(0.0, epsilon(after, delta) - spent)
     fits = None if budget is None else affordable(after, budget.epsilon, budget.delta)
     return Cost(more, fits)
+
+
+def owners(ledger: Ledger) -> tuple[Entry, ...]:
+    """The entries that say whose the ledger is and which keys it showed, oldest first."""
+    return tuple(entry for entry in ledger.entries() if entry.state == "holder")
 
 
 def last_budget(ledger: Ledger, data_set: str) -> Budget | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -362,6 +363,36 @@ class Task(ABC):
             epsilon: the privacy target, or None without privacy. Few, full-batch steps win under
                 DP, so a good setting depends on ε.
         """
+
+    def recommended_for_sum(self, epsilon: float) -> dict[str, object]:
+        """Plan settings for ``--aggregation secure-sum``, as keys of the TOML.
+
+        There a round is one step on everybody's units, with about the noise of a single holder, so
+        that as many steps are affordable as central DP-SGD on all data would take. The default
+        takes the steps of :meth:`recommended` one a round, their momentum kept by the coordinator;
+        tasks override it with settings that were tried.
+
+        Args:
+            epsilon: the privacy target.
+        """
+        usual = self.recommended(epsilon)
+        strategy: dict[str, object] = {}
+        if momentum := usual.get("momentum"):
+            strategy = {
+                "strategy": "fedavgm",
+                "server_learning_rate": 1.0,
+                "server_momentum": momentum,
+            }
+        return {
+            **usual,
+            **strategy,
+            "rounds": math.prod(int(str(usual.get(name, 1))) for name in ("rounds", "local_steps")),
+            "local_steps": 1,
+            "optimizer": "sgd",
+            "momentum": 0.0,
+            "batch_size": "full",
+            "weighting": "equal",
+        }
 
     def prepare(self, tables: HolderTables) -> HolderData:
         """Encode both halves. Overridden where a preparation needs the training half's figures."""

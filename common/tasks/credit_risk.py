@@ -109,6 +109,10 @@ class CreditRisk(BinaryTask):
         """Full-batch steps, one a round: 40 of them at ε=1, 100 from ε=5, 200 without privacy."""
         return settings_for(self._form.tiers, epsilon)
 
+    def recommended_for_sum(self, epsilon: float) -> dict[str, object]:
+        """More and larger steps than with noise at each holder."""
+        return settings_for(self._form.sum_tiers, epsilon)
+
 
 # --------------------------------------------------------------------------------- encoding
 
@@ -172,6 +176,7 @@ class _Form:
         width: how many numeric inputs.
         hidden: width of the hidden layer.
         tiers: recommended settings.
+        sum_tiers: the same where noise is in the sum of holders.
         usual_ranges: column → range in which statistics look.
     """
 
@@ -179,6 +184,7 @@ class _Form:
     width: int
     hidden: int
     tiers: Sequence[Tier]
+    sum_tiers: Sequence[Tier]
     usual_ranges: Mapping[str, tuple[float, float]]
 
 
@@ -204,16 +210,26 @@ _CARD_TIERS = (
     full_batch(2.0, rounds=60, learning_rate=0.5, clip_norm=2.0),
     full_batch(0.0, rounds=40, learning_rate=0.5, clip_norm=1.5),
 )
+_CARD_SUM_TIERS = (
+    full_batch(8.0, rounds=150, learning_rate=1.0, clip_norm=3.0),
+    full_batch(3.0, rounds=100, learning_rate=1.0, clip_norm=3.0),
+    full_batch(0.75, rounds=60, learning_rate=0.5, clip_norm=3.0),
+    full_batch(0.4, rounds=60, learning_rate=0.5, clip_norm=1.5),
+    full_batch(0.08, rounds=40, learning_rate=0.5, clip_norm=1.5),
+    full_batch(0.0, rounds=40, learning_rate=0.5, clip_norm=0.5),
+)
 _LOAN_TIERS = (
     full_batch(math.inf, rounds=60, learning_rate=0.5),
     full_batch(5.0, rounds=60, learning_rate=0.25),
     full_batch(0.0, rounds=30, learning_rate=0.25),
 )
 
+_LOAN_SUM_TIERS = _LOAN_TIERS[1:]
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
-        "synthetic": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_RANGES),
-        "uci-default": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_RANGES),
-        "german": _Form(_loan_numbers, 7, 8, _LOAN_TIERS, _LOAN_RANGES),
+        "synthetic": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_SUM_TIERS, _CARD_RANGES),
+        "uci-default": _Form(_card_numbers, 26, 16, _CARD_TIERS, _CARD_SUM_TIERS, _CARD_RANGES),
+        "german": _Form(_loan_numbers, 7, 8, _LOAN_TIERS, _LOAN_SUM_TIERS, _LOAN_RANGES),
     }
 )

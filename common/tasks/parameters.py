@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.tasks.base import Task, derived_seed
 
 __all__ = [
+    "dimension_of",
     "flat",
     "initial_parameters",
     "load_private",
@@ -27,6 +28,13 @@ def named_shared(task: Task, model: nn.Module) -> Iterator[tuple[str, nn.Paramet
     for name, parameter in model.named_parameters():
         if name not in task.private_parameters:
             yield name, parameter
+
+
+def dimension_of(task: Task) -> int:
+    """D, how many parameters travel; it depends on nobody's data."""
+    with torch.random.fork_rng(devices=[]):
+        model = task.model(0)
+    return sum(parameter.numel() for _, parameter in named_shared(task, model))
 
 
 def shared_of(task: Task, model: nn.Module) -> Tensor:

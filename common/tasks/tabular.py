@@ -132,7 +132,12 @@ class Tier:
 
 
 def full_batch(
-    epsilon: float, *, rounds: int, learning_rate: float, clip_norm: float = 1.0
+    epsilon: float,
+    *,
+    rounds: int,
+    learning_rate: float,
+    clip_norm: float = 1.0,
+    momentum: float = 0.9,
 ) -> Tier:
     """A tier in which every round is one step on all rows, its momentum kept by the coordinator.
 
@@ -143,7 +148,13 @@ def full_batch(
         rounds: how many steps; the model is the mean over the second half of them.
         learning_rate: of each step.
         clip_norm: of each row's gradient.
+        momentum: of the coordinator; 0 for none.
     """
+    strategy = {
+        "strategy": "fedavgm",
+        "server_learning_rate": 1.0,
+        "server_momentum": momentum,
+    }
     return Tier(
         epsilon,
         {
@@ -154,9 +165,7 @@ def full_batch(
             "learning_rate": learning_rate,
             "momentum": 0.0,
             "clip_norm": clip_norm,
-            "strategy": "fedavgm",
-            "server_learning_rate": 1.0,
-            "server_momentum": 0.9,
+            **(strategy if momentum else {"strategy": "fedavg"}),
             "average_from": 0.5,
             "weighting": "equal",
         },

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from client import trainer as trainer_module
 from client.trainer import Trainer
 from common.errors import ConfigurationError
+from common.guarantees import SENSITIVITY_MARGIN
 from common.plan import TrainingPlan
-from common.privacy.noise import SeededRandomness
+from common.privacy.noise import OsRandomness, SeededRandomness
 from common.settings import plan_for
 from common.tasks import load
 from common.tasks.base import Examples, HolderData, Task
@@ -177,6 +178,95 @@ def test_large_batches_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.allclose(update_of(plan, data), whole, atol=1e-6)
 
 
+def sum_plan(**settings: object) -> TrainingPlan:
+    """Whose noise is in the sum of three holders."""
+    chosen = {"aggregation": "secure-sum", "epsilon": 5.0, **settings}
+    return plan_for(TASK, chosen, holders=3)
+
+
+def sum_of(data: Examples, plan: TrainingPlan) -> Tensor:
+    total, _ = Trainer(TASK, data, CPU).gradient_sum(plan, start(), None, SeededRandomness(0))
+    return total
+
+
+def test_a_part_of_a_sum_is_the_clipped_sum_of_all_units_in_double_precision() -> None:
+    data, plan = examples(30), sum_plan(clip_norm=0.3)
+    total = sum_of(data, plan)
+    assert total.dtype == torch.float64
+    assert torch.allclose(total, clipped_gradients(data, 0.3).double().sum(0), rtol=1e-6, atol=0)
+    nobody = data.take(torch.arange(0))
+    assert sum_of(nobody, plan).tolist() == [0.0] * 4
+
+
+def test_a_part_of_a_sum_leaves_nothing_for_the_next_one() -> None:
+    """A warm trainer: the same data and parameters, the same sum, whatever came between."""
+    trainer, plan = Trainer(TASK, examples(30), CPU), sum_plan()
+    first, _ = trainer.gradient_sum(plan, start(), None, SeededRandomness(0))
+    trainer.train(make_plan(), start(), None, SeededRandomness(0), divisor=40)
+    again, _ = trainer.gradient_sum(plan, start(), None, SeededRandomness(1))
+    assert torch.equal(first, again)
+
+
+def test_a_part_of_a_sum_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, plan = examples(30), sum_plan(clip_norm=0.3)
+    whole = sum_of(data, plan)
+    monkeypatch.setattr(trainer_module, "LARGEST_GRADIENT_CHUNK", 4 * 7)
+    assert torch.allclose(sum_of(data, plan), whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e30])
+def test_no_record_moves_a_part_of_a_sum_by_more_than_the_clip_norm(value: float) -> None:
+    """To a millionth of C, where the noise has room for a thousandth."""
+    plan, data = sum_plan(clip_norm=0.3), examples(30)
+    tensors = {name: tensor.clone() for name, tensor in data.tensors.items()}
+    tensors["x"][-1] = value
+    others = sum_of(data.take(torch.arange(29)), plan)
+    moved = float((sum_of(Examples(tensors), plan) - others).norm())
+    assert moved <= 0.3 * (1 + 1e-6)
+    if not math.isfinite(value):
+        assert moved == 0
+    if value == 1e30:
+        assert moved >= 0.3 * (1 - 1e-6), "the bound is reached, so it is tested"
+
+
+def test_a_sum_of_many_units_rounds_to_far_less_than_one_of_them() -> None:
+    """Of 40,000 gradients that all point one way: float32 would lose a hundredth of C and more."""
+    plan, one = sum_plan(clip_norm=0.3), examples(1)
+    many = Examples({name: x.repeat_interleave(40_000, 0) for name, x in one.tensors.items()})
+    exact = sum_of(one, plan)
+    error = float((sum_of(many, plan) - 40_000 * exact).norm())
+    assert error <= 1e-6 * 0.3
+    rounded = torch.zeros(4)
+    for _ in range(40_000):
+        rounded += exact.float()
+    assert float((rounded.double() - 40_000 * exact).norm()) > 1e-2 * 0.3
+
+
+def test_a_sum_without_its_full_noise_is_for_no_other_plan() -> None:
+    with pytest.raises(ConfigurationError, match="the plan's privacy is 'dp'"):
+        sum_of(examples(5), make_plan())
+
+
+def test_a_users_vector_takes_the_same_step_beside_a_sum_as_beside_an_update(
+    shop: tuple[Task, HolderData],
+) -> None:
+    task, data = shop
+    settings = {"epsilon": 5.0, "rounds": 1, "local_steps": 1, "batch_size": "full"}
+    one = plan_for(task, {**settings, "momentum": 0.0})
+    summed = plan_for(task, {**settings, "aggregation": "secure-sum"}, holders=4)
+    parameters = torch.tensor(initial_parameters(task, 3))
+    trainer = Trainer(task, data.train, CPU, seed=0)
+    _, after = trainer.train(
+        one, parameters, None, SeededRandomness(5), divisor=one.expected_batch_size
+    )
+    _, beside = trainer.gradient_sum(summed, parameters, None, SeededRandomness(5))
+    assert after.keys() == beside.keys() == {"users.weight"}
+    assert torch.equal(after["users.weight"], beside["users.weight"])
+    fresh = Trainer(task, data.train, CPU, seed=0)
+    _, untouched = fresh.gradient_sum(summed, parameters, None, SeededRandomness(6))
+    assert not torch.equal(untouched["users.weight"], after["users.weight"]), "other draws"
+
+
 def test_without_privacy_it_is_the_mean_gradient() -> None:
     plan, data = make_plan(no_dp=True, epsilon=None), examples(30)
     expected = -plan.learning_rate * clipped_gradients(data, 1e9).mean(0)
@@ -246,7 +336,7 @@ class SwappedDrawsTask(TinyTask):
 @pytest.mark.parametrize(
     ("task", "says"),
     [
-        (FlatteningTask(), r"'weight' got 90 gradients for 30 units"),
+        (FlatteningTask(), r"'weight' got 192 gradients for 64 units"),
         (MixingTask(), "another value when a second is in the batch"),
         (MixingBatchTask(), "another value when a second is in the batch"),
         (SwappedDrawsTask(), "another value when a second is in the batch"),
@@ -352,3 +442,49 @@ def test_whether_units_are_separate_is_not_tried_on_a_model_that_was_sent(
         trainer.train(plan, sent, None, SeededRandomness(0), divisor=9.0)
     (tried,) = seen
     assert float(tried.abs().max()) < 1e3
+
+
+def test_a_unit_moves_the_sum_by_no_more_than_the_margin_whatever_the_parameters() -> None:
+    task = load("medical-diagnosis")
+    data = task.holder_data(None)
+    train = max((one.train for one in data.values()), key=len)
+    units = 4 * (len(train) // 4)  # without one of them three are left over
+    plan = plan_for(task, {"aggregation": "secure-sum", "epsilon": 2.0, "rounds": 5}, holders=4)
+    trainers = [
+        Trainer(task, train.take(torch.arange(first, units)), torch.device("cpu"), seed=1)
+        for first in (0, 1)
+    ]
+    features = train.tensors["features"][:units].double()
+    last = torch.cat([features[-3:], torch.ones(3, 1, dtype=torch.float64)], 1)
+    generator, moved = torch.Generator().manual_seed(0), 0.0
+    for _ in range(30):
+        direction = torch.randn(last.shape[1], generator=generator, dtype=torch.float64)
+        direction -= torch.linalg.lstsq(last, last @ direction).solution
+        parameters = (1e12 * direction).float()
+        whole, less = (
+            each.gradient_sum(plan, parameters, None, OsRandomness())[0] for each in trainers
+        )
+        moved = max(moved, float((whole - less).norm()) / plan.privacy.clip_norm)
+    assert moved <= SENSITIVITY_MARGIN - 1e-3
+
+
+def test_a_unit_moves_the_histogram_of_an_evaluation_by_one_cell_whatever_the_parameters() -> None:
+    """The same in predictions: who leaves takes others from one cell to another."""
+    task = load("medical-diagnosis")
+    data = task.holder_data(None)
+    train = max((one.train for one in data.values()), key=len)
+    units = 4 * (len(train) // 4)
+    trainer = Trainer(task, train, torch.device("cpu"), seed=1)
+    features = train.tensors["features"][:units].double()
+    last = torch.cat([features[-3:], torch.ones(3, 1, dtype=torch.float64)], 1)
+    generator, moved = torch.Generator().manual_seed(0), 0
+    for _ in range(30):
+        direction = torch.randn(last.shape[1], generator=generator, dtype=torch.float64)
+        direction -= torch.linalg.lstsq(last, last @ direction).solution
+        parameters = (1e12 * direction).float()
+        counts = []
+        for first in (0, 1):
+            some = train.take(torch.arange(first, units))
+            counts.append(task.histogram(trainer.predictions(parameters, None, some), some))
+        moved = max(moved, int((counts[0] - counts[1]).abs().sum()))
+    assert moved <= 1

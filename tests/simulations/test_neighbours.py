@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from client.trainer import Trainer
-from common.guarantees import Privacy
+from common.guarantees import DistributedPrivacy, Privacy
 from common.plan import TrainingPlan
 from common.privacy.noise import SeededRandomness, simulation_key
 from common.settings import plan_for
@@ -108,7 +108,22 @@ def in_a_block(
     return updates[0]
 
 
-ENGINES: Mapping[str, Engine] = {"holder": on_the_holder, "batched": in_a_block}
+def in_a_sum(
+    task: Task, plan: TrainingPlan, units: Examples, private: Private, seed: int
+) -> Tensor:
+    """What a holder rounds, noises and masks where the noise is in the sum of holders."""
+    assert isinstance(plan.privacy, Privacy)
+    own = plan.privacy.model_dump(include={"epsilon", "delta", "unit", "clip_norm"})
+    summed = plan.model_copy(update={"privacy": DistributedPrivacy(**own)})
+    randomness = SeededRandomness.of_key(simulation_key("neighbours", seed))
+    total, _ = Trainer(task, units, CPU, seed=0).gradient_sum(
+        summed, start_of(task), private, randomness
+    )
+    return total
+
+
+SAMPLING: Mapping[str, Engine] = {"holder": on_the_holder, "batched": in_a_block}
+ENGINES: Mapping[str, Engine] = {**SAMPLING, "sum": in_a_sum}
 
 
 the = cache(load)
@@ -245,7 +260,7 @@ def test_an_engine_that_does_not_clip_would_be_noticed(engine: str) -> None:
     assert float(difference.norm()) > 2 * C
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SAMPLING)
 def test_a_user_is_sampled_as_one(engine: str) -> None:
     """At q = 1/2 a user is in a step with everything, or not at all: the sum moves by C or by 0.
 

@@ -15,6 +15,7 @@ from common.errors import ConfigurationError
 from common.privacy.accounting import (
     affordable,
     crosscheck,
+    distributed_noise,
     epsilon,
     noise_multiplier,
     release_noise,
@@ -23,6 +24,7 @@ from common.privacy.bounds import coarsen, prv_bound, quick_bound
 from common.privacy.events import (
     Composition,
     DiscreteGaussian,
+    DistributedGaussian,
     Event,
     Selection,
     SubsampledGaussian,
@@ -40,7 +42,7 @@ from tests.common.privacy.points import (
     pld_epsilon,
 )
 
-S, D = SubsampledGaussian, DiscreteGaussian
+S, D, DG = SubsampledGaussian, DiscreteGaussian, DistributedGaussian
 
 POINTS = [
     # what is composed, δ
@@ -212,6 +214,27 @@ def test_many_kinds_of_discrete_noise_have_a_bound() -> None:
     run = Composition(tuple(D(20.0 + i, 1) for i in range(30)))
     assert prv_bound(run, 1e-5) == math.inf
     assert pld_epsilon(run, 1e-5) < epsilon(run, 1e-5) < 1.15 * pld_epsilon(run, 1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.7, 5.0, 40.0])
+@pytest.mark.parametrize("beside", [[], [D(20.0, 3)], [S(0.1, 3.0, 50)], [S(1.0, 9.0, 2)]])
+def test_noise_in_shares_costs_a_little_more_than_a_gaussian_beside_anything(
+    sigma: float, beside: list[Event]
+) -> None:
+    """Never less; and by every bound, of which the Rényi bound has a proof of its own."""
+    shares = crosscheck(Composition.of(DG(sigma, 5), *beside), 1e-5)
+    gaussians = crosscheck(Composition.of(gaussian(sigma, 5), *beside), 1e-5)
+    assert gaussians.chosen <= shares.chosen <= gaussians.chosen * 1.005
+    assert shares.renyi == pytest.approx(gaussians.renyi, rel=1e-9)
+    assert shares.chosen < shares.renyi * 0.98
+    assert shares.chosen < math.inf
+
+
+def test_noise_in_shares_is_priced_as_a_candidate_too() -> None:
+    """Where only the Rényi bound has a say."""
+    search = Composition.of(Selection((Composition.of(DG(20.0, 5)),), 10.0))
+    same = Composition.of(Selection((Composition.of(gaussian(20.0, 5)),), 10.0))
+    assert epsilon(search, 1e-5) == pytest.approx(epsilon(same, 1e-5), rel=1e-9)
 
 
 def test_plain_gaussians_of_different_noise_compose_exactly() -> None:
@@ -527,6 +550,28 @@ def test_release_noise_is_found_past_the_largest_table() -> None:
     sigma = release_noise(1, 1e-4, 1e-5)
     assert sigma > 3300
     assert epsilon(Composition.of(D(sigma, 1)), 1e-5) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("releases", "target", "delta"),
+    [(1, 0.5, 1e-5), (30, 1.0, 1e-4), (100, 0.05, 1e-5), (1, 20.0, 1e-3), (10_000, 1e-3, 1e-9)],
+)
+def test_distributed_noise_meets_the_target_and_wastes_nothing(
+    releases: int, target: float, delta: float
+) -> None:
+    sigma = distributed_noise(releases, target, delta)
+    assert 0.998 * target <= epsilon(Composition.of(DG(sigma, releases)), delta) <= target
+    assert epsilon(Composition.of(DG(sigma * 0.99, releases)), delta) > target
+    # Never less than central DP-SGD's on pooled data, and three thousandths more at most.
+    central = noise_multiplier(1.0, releases, target, delta)
+    assert central * 1.001 <= sigma <= central * 1.003
+
+
+def test_distributed_noise_refuses_what_cannot_be() -> None:
+    with pytest.raises(ConfigurationError, match="releases must be"):
+        distributed_noise(0, 1.0, 1e-5)
+    with pytest.raises(ConfigurationError, match="raise epsilon or delta, or take fewer"):
+        distributed_noise(10**9, 1e-9, 1e-12)
 
 
 def test_release_noise_refuses_what_cannot_be() -> None:

@@ -7,6 +7,7 @@ Seeded. What must be accepted is tested at a level of 1e-4, and what must be rej
 import itertools
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -179,48 +180,83 @@ def test_integers_are_below_any_bound_and_fill_it(bound: int) -> None:
 
 @given(
     st.floats(1e-6, 1e6),
-    st.lists(st.integers(0, 2**40), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2**40)), min_size=1, max_size=5),
 )
-def test_the_acceptance_probability_is_exact(sigma: float, sizes: list[int]) -> None:
+def test_the_acceptance_probability_is_exact(
+    sigma: float, candidates: list[tuple[int, int]]
+) -> None:
     """As a fraction, of the very number that the float is."""
     scale, variance = int(sigma) + 1, Fraction(sigma) ** 2
-    numerators, denominator = discrete_noise._excess(np.array(sizes), scale, variance)
-    for size, numerator in zip(sizes, numerators, strict=True):
-        assert type(numerator) is type(denominator) is int
-        exact = (size - variance / scale) ** 2 / (2 * variance)
-        assert Fraction(numerator, denominator) == exact
+    for whole, rest in candidates:
+        size, rest = whole * scale + rest % scale, rest % scale
+        exact = Fraction(rest, scale) + (size - variance / scale) ** 2 / (2 * variance)
+        found = discrete_noise._exponent(whole, rest, scale, sigma)
+        assert found == exact
+        in_floats = rest / scale + (size / sigma - sigma / scale) ** 2 / 2
+        # Where floats decide, they are right to a hundredth of what counts as unsure.
+        assert abs(math.exp(-found) - math.exp(-in_floats)) < discrete_noise._UNSURE / 100
 
 
-def test_a_float_in_the_acceptance_probability_would_show() -> None:
-    numerators, denominator = discrete_noise._excess(np.array([9]), 8, Fraction(7.8) ** 2)
-    in_floats = (9 - 7.8**2 / 8) ** 2 / (2 * 7.8**2)
-    assert float(Fraction(numerators[0], denominator)) == pytest.approx(in_floats, rel=1e-12)
-    assert Fraction(numerators[0], denominator) != Fraction(in_floats)
+GAMMAS = [Fraction(0), Fraction(1, 3), Fraction(1), Fraction(7, 2), Fraction(10**9), Fraction(1e-9)]
 
 
-@pytest.mark.parametrize("gamma", [Fraction(0), Fraction(1, 3), Fraction(1), Fraction(7, 2)])
-def test_coins_have_the_probability_of_an_exponential(gamma: Fraction) -> None:
-    n = 50_000
-    heads = discrete_noise._bernoulli_exp(
-        np.full(n, gamma.numerator), gamma.denominator, SeededRandomness("coins", str(gamma))
-    )
-    assert stats.binomtest(int(heads.sum()), n, math.exp(-gamma)).pvalue > ACCEPTED
-    if gamma:
-        wrong = float(max(0, 1 - gamma))  # the first term of the series alone
-        assert stats.binomtest(int(heads.sum()), n, wrong).pvalue < REJECTED
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_a_uniform_number_is_below_an_exponential_to_the_last_bit(gamma: Fraction) -> None:
+    """The 53 bits on either side of the exponential decide by themselves, and between them more."""
+    with localcontext(prec=60):
+        exact = (-Decimal(gamma.numerator) / gamma.denominator).exp() * 2**53
+    middle = min(int(exact), 2**53 - 1)
+    below = [
+        discrete_noise._Uniform(number << 11, Fixed([1])).below_exp(gamma)
+        for number in (0, max(0, middle - 1))
+    ]
+    assert below[0] == (gamma < 10**6)
+    assert below[1] == (middle > 0)
+    if 0 < middle < 2**53 - 1:
+        assert not discrete_noise._Uniform((middle + 1) << 11, Fixed([0])).below_exp(gamma)
+        # What comes after the 53 bits: the exponential's own next 64, one less, and one more.
+        with localcontext(prec=60):
+            following = int((exact - middle) * 2**64)
+        for word, expected in ((following - 1, True), (following + 1, False)):
+            number = discrete_noise._Uniform(middle << 11, Fixed([word]))
+            assert number.below_exp(gamma) is expected
 
 
-def test_the_laplace_draws_count_zero_once() -> None:
-    draws = discrete_noise._discrete_laplace(DRAWS, 2, SeededRandomness("laplace"))
-    values = np.arange(-8, 9)
-    exact = np.exp(-np.abs(values) / 2) * (1 - math.exp(-0.5)) / (1 + math.exp(-0.5))
-    observed = np.array([(draws == value).sum() for value in values])
+@pytest.mark.parametrize("unsure", [0.0, 2.0])
+def test_floats_and_digits_decide_alike(unsure: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the band of doubt at nothing floats decide everything, at 2 digits do: the same draws.
 
-    def agrees(exact: npt.NDArray[np.float64]) -> float:
-        rest = len(draws) * (1 - exact.sum())
-        counts = np.append(len(draws) * exact, rest)
-        return float(stats.chisquare(np.append(observed, len(draws) - observed.sum()), counts)[1])
+    Not one of these numbers is within 2^-53 of its exponential, so no further bits are drawn.
+    """
+    expected = discrete_gaussian(300, 7.8, SeededRandomness("alike"))
+    monkeypatch.setattr(discrete_noise, "_UNSURE", unsure)
+    assert torch.equal(discrete_gaussian(300, 7.8, SeededRandomness("alike")), expected)
 
-    assert agrees(exact) > ACCEPTED
-    twice = np.where(values == 0, 2, 1) * exact
-    assert agrees(twice / (1 + exact[values == 0])) < REJECTED
+
+def test_the_geometric_draws_have_their_probabilities() -> None:
+    draws = discrete_noise._geometric(DRAWS, SeededRandomness("geometric"))
+    values = np.arange(8)
+    exact = np.append(np.exp(-values) * (1 - math.exp(-1)), math.exp(-8.0))
+    observed = np.bincount(np.minimum(draws, 8), minlength=9)
+    assert stats.chisquare(observed, DRAWS * exact).pvalue > ACCEPTED
+    one_off = np.append(exact[-1], exact[:-1])
+    assert stats.chisquare(observed, DRAWS * one_off / one_off.sum()).pvalue < REJECTED
+
+
+def test_the_geometric_draws_look_further_where_a_float_does_not_say() -> None:
+    """The first 53 bits of exp(−2): which side of it a number with these is on, the next decide."""
+    with localcontext(prec=60):
+        number = int(Decimal(-2).exp() * 2**53)
+    for following, expected in ((0, 2), (2**64 - 1, 1)):
+        fixed = Fixed([number << 11, following])
+        assert discrete_noise._geometric(1, fixed).tolist() == [expected]
+
+
+def test_zero_comes_once() -> None:
+    """Its sign is drawn too: at σ = 0.5, kept with both signs it would come twice as often."""
+    values, exact = probabilities(0.5)
+    zero = np.mean(drawn(0.5) == 0)
+    expected = float(exact[values == 0][0])
+    error = math.sqrt(expected * (1 - expected) / DRAWS)
+    assert abs(zero - expected) < float(stats.norm.isf(ACCEPTED / 2)) * error
+    assert abs(zero - 2 * expected / (1 + expected)) > 30 * error

@@ -9,6 +9,7 @@ from common.errors import ConfigurationError
 from common.privacy.events import (
     Composition,
     DiscreteGaussian,
+    DistributedGaussian,
     Event,
     Selection,
     SubsampledGaussian,
@@ -29,7 +30,12 @@ discrete = st.builds(
     noise_multiplier=st.sampled_from([0.7, 1.1, 20.0]),
     releases=st.integers(1, 50),
 )
-runs = st.lists(st.one_of(gaussians, discrete), max_size=2).map(
+distributed = st.builds(
+    DistributedGaussian,
+    noise_multiplier=st.sampled_from([0.7, 1.1, 20.0]),
+    releases=st.integers(1, 50),
+)
+runs = st.lists(st.one_of(gaussians, discrete, distributed), max_size=2).map(
     lambda found: Composition(tuple(found))
 )
 selections = st.builds(
@@ -39,7 +45,7 @@ selections = st.builds(
     shape=st.sampled_from([0.0, 1.0]),
     selections=st.integers(1, 5),
 )
-protected: st.SearchStrategy[Event] = st.one_of(gaussians, discrete, selections)
+protected: st.SearchStrategy[Event] = st.one_of(gaussians, discrete, distributed, selections)
 events: st.SearchStrategy[Event] = st.one_of(protected, st.just(Unprotected()))
 compositions = st.lists(events, max_size=6).map(lambda found: Composition(tuple(found)))
 rounds = st.integers(0, 9)
@@ -104,6 +110,7 @@ def test_every_kind_has_its_own_json() -> None:
     kinds = {
         "subsampled-gaussian": SubsampledGaussian(0.1, 2.0, 5),
         "discrete-gaussian": DiscreteGaussian(8.0, 4),
+        "distributed-gaussian": DistributedGaussian(9.0, 3),
         "selection": Selection((run, run * 2), 10.0, 0.0, 2),
         "unprotected": Unprotected(),
     }
@@ -112,6 +119,7 @@ def test_every_kind_has_its_own_json() -> None:
         assert event_from_dict(event.to_dict()) == event
     assert Composition(tuple(kinds.values())).to_json() == (
         '[{"mechanism": "discrete-gaussian", "noise_multiplier": 8.0, "releases": 4}, '
+        '{"mechanism": "distributed-gaussian", "noise_multiplier": 9.0, "releases": 3}, '
         '{"candidates": [[{"mechanism": "subsampled-gaussian", "noise_multiplier": 5.0, '
         '"sampling_rate": 1.0, "steps": 3}], [{"mechanism": "subsampled-gaussian", '
         '"noise_multiplier": 5.0, "sampling_rate": 1.0, "steps": 6}]], "expected_runs": 10.0, '
@@ -124,6 +132,13 @@ def test_every_kind_has_its_own_json() -> None:
 def test_what_candidates_have_in_common_does_not_matter() -> None:
     one, two = (Composition.of(gaussian(sigma, 1)) for sigma in (5.0, 6.0))
     assert Selection((two, one, two), 3) == Selection((one, two), 3.0)
+
+
+def test_noise_in_shares_merges_and_is_another_kind_than_noise_of_one_holder() -> None:
+    a = Composition.of(DistributedGaussian(5.0, 1))
+    assert a * 3 == Composition.of(DistributedGaussian(5, 3))
+    assert not (a * 3).covers(Composition.of(gaussian(5.0, 1)))
+    assert not (a * 3).covers(Composition.of(DiscreteGaussian(5.0, 1)))
 
 
 def test_releases_of_discrete_noise_merge() -> None:
@@ -184,10 +199,11 @@ def test_a_bad_selection_is_refused(arguments: tuple, message: str) -> None:
         Selection(*arguments)
 
 
+@pytest.mark.parametrize("kind", [DiscreteGaussian, DistributedGaussian])
 @pytest.mark.parametrize("arguments", [(0.0, 1), (math.nan, 1), (5.0, 0), (5.0, 1.5)])
-def test_bad_discrete_noise_is_refused(arguments: tuple) -> None:
+def test_bad_discrete_noise_is_refused(arguments: tuple, kind: type) -> None:
     with pytest.raises(ConfigurationError, match=r"noise_multiplier|releases"):
-        DiscreteGaussian(*arguments)
+        kind(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +214,7 @@ def test_bad_discrete_noise_is_refused(arguments: tuple) -> None:
         ("[1]", "JSON list of events"),
         (
             '[{"mechanism": "magic"}]',
-            r"one of \['discrete-gaussian', 'selection', .* 'unprotected'\], got 'magic'",
+            r"one of \['discrete-gaussian', 'dist.*', 'selection', .* 'unprotected'\], got 'magic'",
         ),
         ('[{"mechanism": "subsampled-gaussian", "steps": 1}]', "has fields .*got \\['steps'\\]"),
         ('[{"mechanism": "unprotected", "steps": 1}]', "has fields"),

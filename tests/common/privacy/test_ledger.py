@@ -532,6 +532,46 @@ def test_a_ledger_in_memory_is_a_ledger() -> None:
         assert ledger.find(release(1).request_id).state == "committed"  # type: ignore[union-attr]
 
 
+def test_the_ledger_says_whose_it_is_once_for_each_change(ledger: Ledger) -> None:
+    for name, keys in [("north", "A"), ("north", "A"), ("north", "B"), ("south", "B")]:
+        ledger.note_holder(name, keys)
+    notes = [entry.remark for entry in ledger.entries()]
+    assert [(note.by, note.sentence) for note in notes if note is not None] == [
+        ("north", "A"),
+        ("north", "B"),
+        ("south", "B"),
+    ]
+
+
+def test_whose_it_is_is_remembered_over_restarts_and_between_processes(path: Path) -> None:
+    with Ledger.open(path) as ledger, Ledger.open(path) as other:
+        ledger.note_holder("north", "A")
+        other.note_holder("north", "A")
+    with Ledger.open(path) as ledger:
+        ledger.note_holder("north", "A")
+        assert len(ledger.entries()) == 1
+
+
+def test_whose_it_is_costs_nothing_and_is_about_no_data_set(ledger: Ledger) -> None:
+    spend(ledger, release(1), WIDE, RUN)
+    before = ledger.composition("clinic-a")
+    ledger.note_holder("north", "A")
+    assert ledger.composition("clinic-a") == before
+    assert ledger.data_sets() == ["clinic-a"]
+    assert len(ledger.entries("clinic-a")) == 2
+    ledger.verify()
+
+
+def test_a_changed_name_in_the_ledger_is_found(path: Path) -> None:
+    """The chain covers these entries as it covers the others."""
+    with Ledger.open(path) as ledger:
+        ledger.note_holder("north", "A")
+        spend(ledger, release(1), WIDE, RUN)
+    tamper(path, "UPDATE entries SET body = replace(body, 'north', 'south') WHERE number = 1")
+    with pytest.raises(StateError, match="entry 1 is not what was written"):
+        Ledger.open(path)
+
+
 def test_entries_tell_the_whole_story(ledger: Ledger) -> None:
     spend(ledger, release(1), WIDE, RUN)
     reserved, committed = ledger.entries()

@@ -9,6 +9,7 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
+from common.settings import plan_for
 from common.tasks.base import Examples, Task
 from common.tasks.tabular import BinaryTask
 
@@ -157,6 +158,10 @@ def check_recommended(task: BinaryTask) -> None:
     """Settings exist for every target, and use the plan's keys only."""
     for epsilon in (None, 100.0, 8.0, 3.0, 1.0, 0.01):
         assert set(task.recommended(epsilon)) == PLAN_KEYS
+        if epsilon is not None:
+            assert set(task.recommended_for_sum(epsilon)) <= PLAN_KEYS
+            chosen = {"aggregation": "secure-sum", "epsilon": epsilon}
+            assert plan_for(task, chosen, holders=4).aggregation.kind == "secure-sum"
 
 
 def train(task: BinaryTask, examples: Examples, steps: int = 150) -> nn.Module:

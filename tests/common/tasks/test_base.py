@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigurationError
+from common.settings import plan_for
 from common.tasks.base import Examples
 from tests.common.tasks import contract
 from tests.tiny import TinyTask, table
@@ -88,3 +89,21 @@ def test_evaluation_goes_through_in_parts_without_gradients() -> None:
 def test_nobody_held_out_is_no_error() -> None:
     nobody = TASK.examples(table(20)).take(torch.arange(0))
     assert math.isnan(TASK.evaluate(TASK.model(1), nobody)["accuracy"])
+
+
+class Stepping(TinyTask):
+    """Recommends several steps a round."""
+
+    def recommended(self, epsilon: float | None) -> dict[str, object]:
+        several = {"rounds": 4, "local_steps": 5, "learning_rate": 0.5, "batch_size": 10}
+        return {**several, "momentum": 0.8, "optimizer": "sgd", "clip_norm": 0.3}
+
+
+def test_a_task_that_knows_no_better_takes_its_steps_one_a_round() -> None:
+    """Where noise is in the sum; the momentum of local steps becomes the coordinator's."""
+    plan = plan_for(Stepping(), {"aggregation": "secure-sum", "epsilon": 2.0}, holders=3)
+    assert (plan.rounds, plan.local_steps, plan.momentum, plan.sampling_rate) == (20, 1, 0.0, 1.0)
+    assert (plan.strategy.name, plan.strategy.momentum) == ("fedavgm", 0.8)
+    assert (plan.learning_rate, plan.privacy.clip_norm) == (0.5, 0.3)  # type: ignore[union-attr]
+    plain = plan_for(TinyTask(), {"aggregation": "secure-sum", "epsilon": 2.0}, holders=3)
+    assert (plain.rounds, plain.strategy.name) == (4, "fedavg")

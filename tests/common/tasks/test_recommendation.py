@@ -462,6 +462,8 @@ def test_it_is_registered_and_leads_with_the_sampled_hit_rate() -> None:
 def test_recommended_settings_make_a_plan(source: str, epsilon: float | None) -> None:
     task = load("recommendation", source)
     plan_for(task, {"no_dp": True} if epsilon is None else {"epsilon": epsilon})
+    if epsilon is not None:
+        plan_for(task, {"aggregation": "secure-sum", "epsilon": epsilon}, holders=4)
 
 
 @pytest.mark.usefixtures("shared_data")
