@@ -6,78 +6,71 @@ own runtimes through ``flwr run``; only the way a :class:`~client.holder.Holder`
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client.answers import answered
 from client.holder import Holder
 from client.policy import Policy
 from client.policy_file import policy_of_node
+from client.secure import Participant, masked_rounds
 from client.state import HolderState
 from client.trainer import pick_device
-from common.errors import Refusal
+from common.errors import WireError
 from common.privacy.ledger import Budget
+from common.secagg.wire import STEPS
 from common.tasks import load
 from common.tasks.base import Task
-from common.wire import (
-    FAILED,
-    EvaluateReply,
-    RoundRequest,
-    StatisticsReply,
-    StatisticsRequest,
-    TrainReply,
-    refusal_error,
-)
+from common.wire import RoundRequest, StatisticsRequest, TrainReply
 
 __all__ = ["app", "build_app"]
 
-logger = logging.getLogger("sotto.holder")
 
-
-def build_app(find: Callable[[Context], Holder]) -> ClientApp:
+def build_app(find: Callable[[Context], Participant]) -> ClientApp:
     """A ClientApp over holders.
 
     Args:
-        find: the holder that a context speaks of.
+        find: the holder that a context speaks of, as a participant in masked rounds.
     """
-    client = ClientApp()
-
-    def guarded(
-        message: Message, answer: Callable[[], TrainReply | EvaluateReply | StatisticsReply]
-    ) -> Message:
-        try:
-            return Message(answer().records(), reply_to=message)
-        except Refusal as refusal:
-            # `sotto join` says it in a line of its own.
-            logger.info("declined (%s): %s", refusal.code, refusal.sentence)
-            return Message(refusal_error(refusal), reply_to=message)
-        except Exception as error:  # the text may hold data: only the type leaves
-            logger.exception("a %s request failed", message.metadata.message_type)
-            return Message(Error(FAILED, type(error).__name__), reply_to=message)
+    client = ClientApp(mods=[masked_rounds(find)])
 
     @client.train()
     def train(message: Message, context: Context) -> Message:
-        return guarded(message, lambda: find(context).train(RoundRequest.of(message)))
+        return answered(message, lambda: find(context).holder.train(RoundRequest.of(message)))
 
     @client.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        return guarded(message, lambda: find(context).evaluate(RoundRequest.of(message)))
+        return answered(message, lambda: find(context).holder.evaluate(RoundRequest.of(message)))
 
     @client.query()
     def statistics(message: Message, context: Context) -> Message:
-        return guarded(message, lambda: find(context).statistics(StatisticsRequest.of(message)))
+        return answered(
+            message, lambda: find(context).holder.statistics(StatisticsRequest.of(message))
+        )
 
+    # Flower runs mods around registered functions only; the mod answers these by itself.
+    for step in STEPS:
+        client.query(step)(_not_masked)
     return client
+
+
+def _not_masked(message: Message, context: Context) -> Message:
+    del context
+
+    def refuse() -> TrainReply:
+        raise WireError("a step of a masked round came without its message")
+
+    return answered(message, refuse)
 
 
 @cache
 def _holder_of_node(
     task: Task, part: int, parts: int | None, folder: Path | None, epsilon: float | None
-) -> Holder:
+) -> Participant:
     data = task.holder_data(parts)
     name = list(data)[part]
     budget = None if epsilon is None else Budget(epsilon, task.source.delta)
@@ -86,13 +79,14 @@ def _holder_of_node(
         policy, state = Policy.of_experiment(name, budget, size), HolderState.in_memory()
     else:
         policy, state = policy_of_node(folder, name, budget, size), HolderState.at(folder)
-    return Holder(name, task, data[name], policy, state, pick_device("auto"))
+        state.ledger.note_holder(name, "no certificate of its own, a node of Flower's runtime")
+    return Participant.unsigned(Holder(name, task, data[name], policy, state, pick_device("auto")))
 
 
 _cached_task = cache(load)
 
 
-def holder_of_context(context: Context) -> Holder:
+def holder_of_context(context: Context) -> Participant:
     """The holder of one of Flower's own nodes, from its node config and the run's config.
 
     A SuperNode is told ``state="DIR" budget=EPS partition-id=I num-partitions=N`` in its

@@ -2,7 +2,8 @@
 
     allowed?  →  answered before?  →  reserve  →  compute  →  store  →  commit  →  send
 
-Whatever is asked, it goes through :meth:`Holder._answered_once`.
+Whatever is asked, it goes through :meth:`Holder._answered_once`. What is to be masked
+(:mod:`client.secure`) leaves once and is not given again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -22,13 +25,18 @@ from client.requests import Request, Terms
 from client.state import Answer, HolderState, Stored
 from client.statistics import check_questions, statistics_reply
 from client.trainer import Trainer
+from common.aggregation import Masked
 from common.errors import ConfigurationError, Refusal
+from common.plan import TrainingPlan
 from common.privacy.discrete_noise import discrete_gaussian
-from common.privacy.events import DiscreteGaussian, Event
+from common.privacy.distributed import noised_steps
+from common.privacy.events import Composition, DiscreteGaussian, Event
 from common.privacy.ledger import Budget, Release
+from common.privacy.limits import Limits
 from common.privacy.noise import OsRandomness, Randomness
 from common.privacy.releases import Kind
 from common.privacy.step import clipped_updates
+from common.secagg.ring import RingVector
 from common.tasks.base import HolderData, Task, no_histogram
 from common.tasks.scaling import check_scaling, scaled
 from common.wire import (
@@ -40,16 +48,39 @@ from common.wire import (
     request_id,
 )
 
-__all__ = ["Holder", "RandomnessFor"]
+__all__ = ["Contribution", "Holder", "RandomnessFor"]
 
 logger = logging.getLogger("sotto.holder")
 
 RandomnessFor = Callable[[Request], Randomness]
+LedgerTerms = tuple[Release, Budget | None, Composition, Limits]
+
+
+class MaskedRequest(Request, Protocol):
+    """Of a masked round, whichever of its steps."""
+
+    @property
+    def plan(self) -> TrainingPlan:
+        """Of the run."""
+        ...
 
 
 def _unpredictable(request: Request) -> Randomness:
     del request
     return OsRandomness()
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A holder's part of a sum, not yet masked.
+
+    Args:
+        vector: [D] in the ring of the plan.
+        weight: the holder's public aggregation weight, which is in the vector already.
+    """
+
+    vector: RingVector
+    weight: float
 
 
 @dataclass
@@ -101,6 +132,12 @@ class Holder:
         """
         plan = request.plan
         self.policy.check(plan, self.task, self.coordinator)
+        if plan.aggregation.kind != "plain":
+            raise Refusal(
+                "aggregation",
+                f"under aggregation {plan.aggregation.kind!r} an update leaves masked or not at "
+                "all, and this request is not part of a masked round",
+            )
         self._check_dimension(request)
         release = self._release(request, request.request_id, "update", plan.round_event())
 
@@ -119,7 +156,60 @@ class Holder:
             reply = TrainReply(update.numpy(), weight, within)
             return Answer(reply, private, self._units).stored()
 
-        return Answer.of(self._answered_once(request, release, compute)).reply
+        reply = Answer.of(self._answered_once(request, release, compute)).reply
+        assert reply is not None  # nothing of a plain plan leaves masked
+        return reply
+
+    def contribution(self, request: RoundRequest) -> Contribution:
+        """This holder's part of a sum: to be masked, and never to leave as it is.
+
+        It is given once. A second time, beside other holders, the difference of two sums would be
+        somebody's own part.
+
+        Raises:
+            Refusal: the policy or the budget does not allow it, or it was given; nothing was
+                computed.
+        """
+        plan, aggregation = request.plan, request.plan.aggregation
+        release = self._admitted(request)
+        if not isinstance(aggregation, Masked):
+            raise Refusal("aggregation", "the plan's aggregation is plain, and the request masked")
+        self._check_dimension(request)
+        weight, encoding = plan.weight(self.policy.size_class), aggregation.encoding(plan)
+        vectors: list[RingVector] = []
+
+        def compute() -> Stored:
+            private = self._private(request, request.round - 1)
+            parameters, randomness = torch.tensor(request.parameters), self.randomness(request)
+            if plan.privacy.kind == "distributed":
+                total, private = self.trainer.gradient_sum(plan, parameters, private, randomness)
+                vectors.append(encoding.encode_integers(noised_steps(total, plan, randomness)))
+            else:
+                divisor = plan.divisor(self.policy.size_class)
+                update, private = self.trainer.train(
+                    plan, parameters, private, randomness, divisor=divisor
+                )
+                vectors.append(encoding.encode(update.numpy().astype(np.float64) * weight))
+            return Answer(None, private, self._units).stored()
+
+        self._answered_once(request, release, compute)
+        (vector,) = vectors
+        return Contribution(vector, weight)
+
+    def check_contribution(self, request: MaskedRequest) -> None:
+        """Refuse a masked round before it begins, not in its middle, where others pay for it.
+
+        Args:
+            request: run, round and plan of it.
+
+        Raises:
+            Refusal: :meth:`contribution` would raise it.
+        """
+        release = self._admitted(request)
+        for refusal in self.state.ledger.refusals(*self._terms(request, release)):
+            raise refusal
+        if self.policy.dry_run:
+            raise self._rehearsed(f"taken part in round {request.round}", request.run_id)
 
     def evaluate(self, request: RoundRequest) -> EvaluateReply:
         """Evaluate on held-out units, note it down here, and send what plan and policy say.
@@ -207,8 +297,29 @@ class Holder:
 
     def _budget(self, request: Request) -> Budget | None:
         """The budget to hold the ledger to; the policy has allowed a plan without privacy."""
-        exact = isinstance(request, RoundRequest) and request.plan.privacy.kind != "dp"
+        plan = request.plan
+        exact = isinstance(plan, TrainingPlan) and plan.privacy.kind in ("none", "central")
         return None if exact else self.policy.budget
+
+    def _admitted(self, request: MaskedRequest) -> Release:
+        """What a part of a sum releases, if the policy allows it and it has not left already."""
+        plan = request.plan
+        self.policy.check(plan, self.task, self.coordinator)
+        if isinstance(plan.aggregation, Masked):
+            self._check_model(plan.aggregation.dimension)
+        name = request_id(request.run_id, request.round)
+        entry = self.state.ledger.find(name)
+        if entry is not None and entry.state == "committed":
+            raise Refusal(
+                "answered",
+                f"this holder's masked part of round {request.round} has left already, and a "
+                "second one could tell it from the others'; the round is lost, go on with the next",
+            )
+        return self._release(request, name, "update", plan.round_event())
+
+    def _terms(self, request: Request, release: Release) -> LedgerTerms:
+        """What the ledger judges a release by."""
+        return (release, self._budget(request), request.plan.composition(), self.policy.limits)
 
     def _release(self, request: Request, request_id: str, kind: Kind, event: Event) -> Release:
         return Release(
@@ -232,7 +343,7 @@ class Holder:
             Refusal: the budget does not allow it, or it failed before on another model; nothing
                 was computed.
         """
-        terms = (release, self._budget(request), request.plan.composition(), self.policy.limits)
+        terms = self._terms(request, release)
         if self.policy.dry_run:
             for refusal in self.state.ledger.refusals(*terms):
                 raise refusal
@@ -279,17 +390,20 @@ class Holder:
 
     def _check_dimension(self, request: RoundRequest) -> None:
         """Before anything is charged: is this a model that we can train, on inputs that we have?"""
-        got, have = len(request.parameters), self.trainer.dimension
-        if got != have:
-            raise Refusal(
-                "model",
-                f"the request has {got} shared parameters and this holder's model {have}; "
-                "the two sides need the same version of the task",
-            )
+        self._check_model(len(request.parameters))
         try:
             check_scaling(request.plan.scaling, self.task, self.data.train)
         except ConfigurationError as error:  # in figures of plan and task only
             raise Refusal("scaling", str(error)) from None
+
+    def _check_model(self, dimension: int) -> None:
+        """Refuse a request for a model of another size."""
+        if dimension != self.trainer.dimension:
+            raise Refusal(
+                "model",
+                f"the request has {dimension} shared parameters and this holder's model "
+                f"{self.trainer.dimension}; the two sides need the same version of the task",
+            )
 
     def _stored_answer(self, release: Release) -> Stored | None:
         """The answer given to this very request before; none if it was not answered yet."""

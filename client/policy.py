@@ -9,17 +9,16 @@ the account of earlier releases, ε per run and rounds per day: the policy state
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from client.requests import Terms
+from client.requests import Level, Terms
 from common.errors import ConfigurationError, Refusal
 from common.frozen import Frozen
-from common.link.identity import short_fingerprint
+from common.link.identity import bare_fingerprint, same_fingerprint, short_fingerprint
 from common.plan import LARGEST_SIZE_CLASS, TrainingPlan, fits_size_class
 from common.privacy.limits import Limits
 from common.privacy.releases import Budget
@@ -27,18 +26,8 @@ from common.tasks.base import Task
 
 __all__ = ["RULES", "Finding", "Policy", "same_fingerprint"]
 
-_FINGERPRINT = re.compile(r"(?:sha256:)?((?:[0-9a-f]{2}:?){31}[0-9a-f]{2})")
-
-
-def _hexadecimal(fingerprint: str) -> str:
-    """A fingerprint without its prefix and colons; empty if it is none."""
-    found = _FINGERPRINT.fullmatch(fingerprint.strip().lower())
-    return found[1].replace(":", "") if found else ""
-
-
-def same_fingerprint(one: str, other: str) -> bool:
-    """Whether both are the SHA-256 fingerprint of the same certificate, however it is written."""
-    return _hexadecimal(one) == _hexadecimal(other) != ""
+_SHOWN_BY = {"coordinators": "sotto keys install", "holders": "sotto keys list"}
+"""Key of fingerprints → the command that tells them."""
 
 
 class Policy(Frozen):
@@ -62,9 +51,16 @@ class Policy(Frozen):
         unprotected: whether the data are public or synthetic, so that releases without a
             guarantee are allowed. A budget, where there is one, still holds for every request
             with privacy.
-        secure_aggregation: whether the coordinator must not see single updates.
+        aggregation: the levels that are allowed. ``secure-sum`` is never implied: its ε rests on
+            the noise and the honesty of other holders.
+        coalition: with ``secure-sum``, the fewest holders in league with the coordinator that a
+            plan's ε must withstand.
         coordinators: fingerprints of the federations' authorities that may ask; empty for whoever
             the link has authenticated.
+        holders: fingerprints of the signing keys of the other holders that may take part in a
+            masked round with this one; empty for whomever the federation's authority has signed.
+            The coordinator holds that authority's key, so a dishonest one can add holders of its
+            own where nothing is pinned.
         tasks: that may be learned; None for the one that the holder joined with.
         dry_run: check and log, compute and send nothing.
     """
@@ -82,8 +78,10 @@ class Policy(Frozen):
     evaluation: Literal["never", "histogram", "exact"] = "never"
     statistics: bool = False
     unprotected: bool = False
-    secure_aggregation: bool = False
+    aggregation: tuple[Level, ...] = ("plain", "secure")
+    coalition: int = Field(default=0, ge=0)
     coordinators: tuple[str, ...] = ()
+    holders: tuple[str, ...] = ()
     tasks: tuple[str, ...] | None = None
     dry_run: bool = False
 
@@ -101,7 +99,7 @@ class Policy(Frozen):
                 raise ValueError(f"{name} must be a number")
         return Budget(float(value["epsilon"]), float(value["delta"]))
 
-    @field_validator("coordinators", "tasks", mode="before")
+    @field_validator("coordinators", "holders", "tasks", "aggregation", mode="before")
     @classmethod
     def _is_list(cls, value: object) -> object:
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
@@ -110,15 +108,25 @@ class Policy(Frozen):
             return value
         raise ValueError("input should be a list of strings")
 
-    @field_validator("coordinators")
+    @field_validator("coordinators", "holders")
     @classmethod
-    def _are_fingerprints(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _are_fingerprints(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for entry in value:
-            if not _hexadecimal(entry):
+            if not bare_fingerprint(entry):
                 raise ValueError(
                     f"{entry!r} is no fingerprint; write 'sha256:' and 64 hexadecimal digits, as "
-                    "'sotto keys install' shows it"
+                    f"'{_SHOWN_BY[str(info.field_name)]}' shows it"
                 )
+        return value
+
+    @field_validator("aggregation")
+    @classmethod
+    def _allows_a_level(cls, value: tuple[Level, ...]) -> tuple[Level, ...]:
+        if not value:
+            raise ValueError(
+                "without a level no plan could be answered; name 'plain', 'secure' or "
+                "'secure-sum', or leave the key out for 'plain' and 'secure'"
+            )
         return value
 
     @model_validator(mode="after")
@@ -155,6 +163,7 @@ class Policy(Frozen):
             evaluation="exact",
             statistics=True,
             unprotected=True,
+            aggregation=("plain", "secure", "secure-sum"),
         )
 
     # -- at home -----------------------------------------------------------------------------
@@ -395,26 +404,67 @@ def _clip_norm(asked: _Asked) -> Finding | None:
 
 
 def _cohort(asked: _Asked) -> Finding:
-    fewest, least = asked.terms.min_holders, asked.policy.min_cohort
+    terms, least = asked.terms, asked.policy.min_cohort
+    masked = terms.aggregation in ("secure", "secure-sum")
+    where = f"in sums of {least} or more" if masked else f"where {least} or more do"
     return _finding(
         "cohort",
-        f"{fewest} or more",
+        f"{terms.min_holders} or more",
         f"at least {least}",
-        fewest >= least,
-        f"the {asked.terms.what} has min_holders={fewest}, this holder takes part where {least} or "
-        "more do; raise it",
+        terms.min_holders >= least,
+        f"the {terms.what} has min_holders={terms.min_holders}, this holder takes part {where}; "
+        "raise it",
     )
 
 
-def _aggregation(asked: _Asked) -> Finding:
-    seen, secure = asked.terms.aggregation, asked.policy.secure_aggregation
+_WHAT_IS_SEEN: Mapping[Level, str] = {
+    "plain": "the coordinator sees this holder's own update",
+    "secure": "the coordinator sees the sum of all holders' updates",
+    "secure-sum": "only the sum carries the full noise",
+}
+
+
+def _aggregation(asked: _Asked) -> Finding | None:
+    level, allowed = asked.terms.aggregation, asked.policy.aggregation
+    if level is None:
+        return None
     return _finding(
         "aggregation",
-        seen,
-        "secure" if secure else "any",
-        seen != "plain" or not secure,
-        f"under aggregation {seen!r} the coordinator sees each holder's update, and the holder's "
-        "policy asks for secure aggregation",
+        level,
+        ", ".join(allowed),
+        level in allowed,
+        f"under the plan's aggregation, {level!r}, {_WHAT_IS_SEEN[level]}, and "
+        f"the holder's policy allows {' and '.join(map(repr, allowed))}; plan with one that is "
+        "allowed, or have the holder add it to aggregation",
+    )
+
+
+def _holders(asked: _Asked) -> Finding | None:
+    terms, pins = asked.terms, asked.policy.holders
+    if terms.aggregation not in ("secure", "secure-sum"):
+        return None
+    others = terms.min_holders - 1
+    return _finding(
+        "holders",
+        f"{others} others or more",
+        f"{len(pins)} pinned" if pins else "whoever the authority signed",
+        not pins or len(pins) >= others,
+        f"a sum is of at least {terms.min_holders} holders, and the holder's policy names only "
+        f"{len(pins)} with whom it is masked (holders); it names more, or the plan asks for fewer",
+    )
+
+
+def _coalition(asked: _Asked) -> Finding | None:
+    withstood, fewest = asked.terms.coalition, asked.policy.coalition
+    if withstood is None:
+        return None
+    return _finding(
+        "coalition",
+        withstood,
+        f"at least {fewest}",
+        withstood >= fewest,
+        f"the plan's ε withstands coalition={withstood} holders in league with the coordinator, "
+        f"and the holder's policy asks for {fewest} or more; raise coalition in the plan",
     )
 
 
@@ -470,6 +520,8 @@ RULES: tuple[Callable[[_Asked], Finding | None], ...] = (
     _clip_norm,
     _cohort,
     _aggregation,
+    _holders,
+    _coalition,
     _evaluation,
     _holder_size,
 )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 import textwrap
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,6 +28,7 @@ from common.durable import write_bytes
 from common.errors import ConfigurationError
 from common.frozen import validated
 from common.privacy.releases import Budget
+from common.texts import read_toml
 
 __all__ = [
     "DATA_SET_KEYS",
@@ -43,7 +43,7 @@ __all__ = [
 
 FILE_NAME = "policy.toml"
 
-HOLDER_KEYS = ("coordinators", "tasks", "dry_run")
+HOLDER_KEYS = ("coordinators", "holders", "tasks", "dry_run")
 """Rules for all data sets: they stand at the top of the file."""
 
 DATA_SET_KEYS = tuple(
@@ -54,6 +54,10 @@ DATA_SET_KEYS = tuple(
 MEANINGS: Mapping[str, str] = {
     "coordinators": "fingerprints of the authorities whose coordinator may ask, as 'sotto keys "
     "install' shows them; empty: of the one whose keys are installed here",
+    "holders": "fingerprints of the signing keys of the other holders that may take part in a "
+    "masked round with this one, as 'sotto keys list' shows them there; empty: whoever the "
+    "federation's authority has signed, and a dishonest coordinator, which has that authority's "
+    "key, could add holders of its own",
     "tasks": "what may be learned; left out: the task that the holder joins with",
     "dry_run": "check and log every request, compute and send nothing",
     "budget": "the most that may ever be released about these data: ε and δ of everything, over "
@@ -63,14 +67,19 @@ MEANINGS: Mapping[str, str] = {
     "max_clip_norm": "the largest bound of one unit's gradient",
     "max_rounds_per_day": "rounds, of whatever runs, that are answered from midnight to midnight "
     "UTC",
-    "min_cohort": "the fewest holders with which a plan may go on (its min_holders)",
+    "min_cohort": "the fewest holders with which a plan may go on, and that a masked sum is of "
+    "(its min_holders)",
     "size_class": "how many training units these data have, roughly; a public number; left out: "
     "the source's own",
     "evaluation": "what leaves of an evaluation: 'never', a noised 'histogram' at a price, or "
     "'exact' figures, which need unprotected = true",
     "statistics": "whether noised figures of the data leave, at a price",
     "unprotected": "the data are public or synthetic: requests without privacy are answered",
-    "secure_aggregation": "refuse where the coordinator would see this holder's own update",
+    "aggregation": "the levels that are allowed: 'plain', where the coordinator sees this holder's "
+    "own noised updates; 'secure', where it sees sums of noised updates; 'secure-sum', where only "
+    "the sum carries the full noise, so that ε rests on other holders' noise and honesty",
+    "coalition": "with 'secure-sum': the fewest holders in league with the coordinator that a "
+    "plan's ε must withstand",
 }
 """Key → what it allows, as it stands in a file that is written here."""
 
@@ -122,8 +131,8 @@ class PolicyFile:
             ConfigurationError: as :meth:`load`.
         """
         try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            values = read_toml(text)
+        except ValueError as error:
             raise ConfigurationError(f"{path} is not TOML: {error}") from None
         tables = values.pop("data_sets", {})
         _refuse_unknown(values, (*HOLDER_KEYS, "data_sets"), str(path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -52,18 +53,21 @@ class Answer:
     """What one training request produced.
 
     Args:
-        reply: leaves the holder.
+        reply: leaves the holder; None where it left masked, which happens once and is not repeated.
         private: the private parameters after it; they stay.
         units: digest of the training units that the private parameters belong to.
     """
 
-    reply: TrainReply
+    reply: TrainReply | None
     private: Mapping[str, Tensor]
     units: str = ""
 
     def stored(self) -> Stored:
         """The form in which it is kept."""
         private = {_PRIVATE + name: value.numpy() for name, value in self.private.items()}
+        if self.reply is None:
+            # So that two processes that gave two parts do not take them for the same.
+            return Stored(private, {"units": self.units, "part": secrets.token_hex(16)})
         about = {
             "weight": json.dumps(self.reply.weight),
             "within": json.dumps(self.reply.within),
@@ -79,9 +83,12 @@ class Answer:
             for name, value in stored.tensors.items()
             if name.startswith(_PRIVATE)
         }
+        units = stored.about["units"]
+        if "update" not in stored.tensors:
+            return cls(None, private, units)
         weight, within = (json.loads(stored.about[name]) for name in ("weight", "within"))
         reply = TrainReply(stored.tensors["update"], float(weight), within)
-        return cls(reply, private, stored.about["units"])
+        return cls(reply, private, units)
 
 
 class AnswerStore(ABC):

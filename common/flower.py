@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from uuid import uuid4
 
+from cryptography.x509 import Certificate
 from flwr.app import Error, Message, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
@@ -135,6 +136,11 @@ class BaseGrid(Grid):
         """
         return [reply.metadata.src_node_id]
 
+    @property
+    def sums_unseen(self) -> bool:
+        """Whether a plan with masked aggregation gets its sums from this Grid as it is."""
+        return False
+
     def individually(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
@@ -146,9 +152,19 @@ class BaseGrid(Grid):
         return []
 
     @property
+    def complete(self) -> bool:
+        """Whether everybody who will ever be there is there: in simulations."""
+        return False
+
+    @property
     def patience(self) -> float:
         """Seconds in which a holder that is running, and not there, would come; 0 if none can."""
         return 0.0
+
+    @property
+    def authority(self) -> Certificate | None:
+        """Who vouches for holders' keys; None where names are believed."""
+        return None
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send and wait; the replies are then there for :meth:`pull_messages`."""

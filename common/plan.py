@@ -7,16 +7,17 @@ disagree. Everything in it is public. "No privacy" is a plan too (:class:`NonPri
 from __future__ import annotations
 
 import math
-import tomllib
 from typing import Annotated, Literal, Self
 
 import tomli_w
 from pydantic import Field, model_validator
 
+from common.aggregation import Masked, Plain, Secure, SecureSum
 from common.errors import ConfigurationError
 from common.frozen import Frozen, PublicPlan, validated
 from common.guarantees import (
     CentralPrivacy,
+    DistributedPrivacy,
     HistogramEvaluation,
     LocalEvaluation,
     NonPrivate,
@@ -24,6 +25,7 @@ from common.guarantees import (
 )
 from common.privacy.events import Composition, Event
 from common.tasks.scaling import InputScaling
+from common.texts import read_toml
 
 __all__ = [
     "CLIP_ROUNDING",
@@ -91,7 +93,7 @@ class TrainingPlan(PublicPlan):
         weighting: ``equal``, or ``size``: by the public size class that each holder declares.
         privacy: the guarantee, or its absence.
         strategy: the coordinator's side of the optimization.
-        aggregation: what the coordinator gets to see; only ``plain`` so far.
+        aggregation: what the coordinator gets to see (:mod:`common.aggregation`).
         average_from: the released model is the mean of the round models from this fraction of
             the rounds on (Polyak averaging; post-processing, so free of charge); 1 for the last.
         evaluate_every: holders evaluate after every so many rounds, and always after the last;
@@ -118,9 +120,11 @@ class TrainingPlan(PublicPlan):
     expected_batch_size: float = Field(gt=0)
     holder_size: int = Field(ge=1)
     weighting: Literal["equal", "size"] = "equal"
-    privacy: Annotated[Privacy | NonPrivate | CentralPrivacy, Field(discriminator="kind")]
+    privacy: Annotated[
+        Privacy | DistributedPrivacy | NonPrivate | CentralPrivacy, Field(discriminator="kind")
+    ]
     strategy: StrategyPlan = StrategyPlan()
-    aggregation: Literal["plain"] = "plain"
+    aggregation: Annotated[Plain | Secure | SecureSum, Field(discriminator="kind")] = Plain()
     average_from: float = Field(default=1.0, ge=0, le=1)
     evaluate_every: int = Field(default=1, ge=0)
     evaluation: Annotated[LocalEvaluation | HistogramEvaluation, Field(discriminator="kind")] = (
@@ -144,6 +148,7 @@ class TrainingPlan(PublicPlan):
             )
         if isinstance(self.privacy, CentralPrivacy):
             self._check_central(self.privacy)
+        self.aggregation.check(self)
         return self
 
     def _check_central(self, privacy: CentralPrivacy) -> None:
@@ -166,12 +171,14 @@ class TrainingPlan(PublicPlan):
 
     def calibrated(self) -> TrainingPlan:
         """The same plan with the noise that meets its target over all rounds and steps."""
-        return self.model_copy(
+        noised = self.model_copy(
             update={
                 "privacy": self.privacy.calibrated(self),
                 "evaluation": self.evaluation.calibrated(self.evaluations),
             }
         )
+        # How finely a masked vector counts depends on the noise in it.
+        return noised.model_copy(update={"aggregation": noised.aggregation.calibrated(noised)})
 
     def round_event(self) -> Event:
         """What one holder releases in one round's update."""
@@ -221,7 +228,8 @@ class TrainingPlan(PublicPlan):
 
         Under DP, one step moves SGD by at most lr/(1-m) · (Σ‖clipped‖ + ‖noise‖)/B. At most
         40 · ``holder_size`` units (the two limits above) add C each, and ‖N(0, I_d)‖ ≤ √d + t with
-        probability 1 - exp(-t²/2) (Gaussian concentration of a 1-Lipschitz function), t = 9.
+        probability 1 - exp(-t²/2) (Gaussian concentration of a 1-Lipschitz function), t = 9. Where
+        the noise is in the sum of holders only, the mean of their shares is no longer than one.
         Adam moves a coordinate by at most lr·(1-β₁)/√(1-β₂) ≈ 3.2·lr a step (Kingma & Ba 2015,
         section 2.1).
         """
@@ -231,11 +239,19 @@ class TrainingPlan(PublicPlan):
             return (clip_norm or self.privacy.clip_norm) * CLIP_ROUNDING
         if self.optimizer == "adam":
             return self.local_steps * 3.2 * self.learning_rate * math.sqrt(dimension)
-        sigma = self.privacy.noise_multiplier or 0.0
-        signal = LARGEST_SIZE_CLASS * LARGEST_UNDERSTATEMENT * self.holder_size
-        noise = sigma * (math.sqrt(dimension) + 9.0)
-        gradient = self.privacy.clip_norm * (signal + noise) / self.expected_batch_size
-        return self.local_steps * self.learning_rate / (1 - self.momentum) * gradient
+        if self.privacy.kind == "distributed":
+            noise = self.privacy.share(self)
+        else:
+            noise = (self.privacy.noise_multiplier or 0.0) * self.privacy.clip_norm
+        signal = self.most_units * self.privacy.clip_norm
+        gradient = signal + noise * (math.sqrt(dimension) + 9.0)
+        step = self.learning_rate / (1 - self.momentum) / self.expected_batch_size
+        return self.local_steps * step * gradient
+
+    @property
+    def most_units(self) -> int:
+        """Units that no holder has more of: whoever has declines the plan."""
+        return LARGEST_SIZE_CLASS * LARGEST_UNDERSTATEMENT * self.holder_size
 
     def same_but_for_noise(self, other: TrainingPlan) -> bool:
         """Whether both say the same, up to how closely the noise was calibrated.
@@ -250,7 +266,10 @@ class TrainingPlan(PublicPlan):
                 for name, part in (("privacy", plan.privacy), ("evaluation", plan.evaluation))
                 if "noise_multiplier" in type(part).model_fields
             }
-            return plan.model_copy(update=parts)
+            aggregation = plan.aggregation
+            if isinstance(aggregation, Masked):
+                aggregation = aggregation.model_copy(update={"ring": None})
+            return plan.model_copy(update={**parts, "aggregation": aggregation})
 
         return uncalibrated(self) == uncalibrated(other)
 
@@ -264,7 +283,7 @@ class TrainingPlan(PublicPlan):
     def from_toml(cls, text: str) -> TrainingPlan:
         """Inverse of :meth:`to_toml`; raises ConfigurationError."""
         try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            values = read_toml(text)
+        except ValueError as error:
             raise ConfigurationError(f"the plan is not TOML: {error}") from None
         return validated(cls, values)

@@ -9,10 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from common.aggregation import masking
 from common.errors import ConfigurationError
 from common.frozen import validated
 from common.plan import TrainingPlan
 from common.tasks.base import Task, no_histogram
+from common.tasks.parameters import dimension_of
 from common.tasks.scaling import check_scaling, read_scaling
 
 __all__ = ["DEFAULT_EPSILON", "SETTINGS", "plan_for"]
@@ -48,6 +50,9 @@ SETTINGS: Mapping[str, str] = {
     "evaluate": "when holders judge the model: never, every N, or final",
     "evaluation_epsilon": "price of all evaluations; holders keep their figures if left out",
     "scaling": "file of shifts and scales of the inputs, as 'sotto stats --scaling' writes it",
+    "aggregation": "what the coordinator sees: plain, secure or secure-sum",
+    "dropouts": "share of the cohort that a masked sum may lose; below a third",
+    "coalition": "holders that may help the coordinator, with secure-sum",
     "round_deadline": "seconds until a silent holder misses the round",
     "max_update_norm": "bound on updates of a plan without DP",
     "seed": "of the initial parameters and cohorts",
@@ -63,6 +68,7 @@ _STRATEGY_SETTINGS = {
     "malicious": "malicious",
 }
 _CENTRAL_SETTINGS = ("clipping", "mechanism", "bands")
+_AGGREGATION_SETTINGS = ("dropouts", "coalition")
 _PRIVACY_SETTINGS = ("epsilon", "delta", "no_dp", "clip_norm", "unit", *_CENTRAL_SETTINGS)
 _EVERY = re.compile(r"every[ :=]([1-9][0-9]*)")
 
@@ -87,10 +93,13 @@ def plan_for(
     epsilon = None if given.get("no_dp") else float(given.get("epsilon", DEFAULT_EPSILON))
     chosen = {**_recommended(task, given, epsilon), **given}
     _refuse_unknown(chosen)
+    aggregation = _aggregation(chosen, task, holders or task.source.own_holders)
 
     holder_size = chosen.pop("holder_size", task.source.nominal_size(holders))
     rate = _sampling_rate(chosen.pop("batch_size", "full"), holder_size)
-    privacy = _privacy(chosen, task, epsilon, holders or task.source.own_holders)
+    privacy = _privacy(
+        chosen, task, epsilon, holders or task.source.own_holders, aggregation["kind"]
+    )
     evaluation = _evaluation(chosen, task)
     scaling = _scaling(chosen)
     strategy = {
@@ -107,6 +116,7 @@ def plan_for(
             "sampling_rate": rate,
             "expected_batch_size": rate * holder_size,
             "privacy": privacy,
+            "aggregation": aggregation,
             "strategy": strategy,
             **evaluation,
             **scaling,
@@ -121,6 +131,8 @@ def _recommended(
     task: Task, given: Mapping[str, Any], epsilon: float | None
 ) -> Mapping[str, object]:
     """What the task recommends; where holders are the unit, their steps are without privacy."""
+    if given.get("aggregation") == "secure-sum" and epsilon is not None:
+        return task.recommended_for_sum(epsilon)
     if given.get("unit") != "holder":
         return task.recommended(epsilon)
     settings = task.recommended(None)
@@ -128,8 +140,42 @@ def _recommended(
     return {name: value for name, value in settings.items() if name != "clip_norm"}
 
 
+def _aggregation(chosen: dict[str, Any], task: Task, holders: int) -> dict[str, Any]:
+    """The plan's aggregation, not yet calibrated; fills in who takes part in a masked round."""
+    kind = chosen.pop("aggregation", "plain")
+    own = {name: chosen.pop(name) for name in _AGGREGATION_SETTINGS if name in chosen}
+    if kind not in ("plain", "secure", "secure-sum"):
+        raise ConfigurationError(
+            f"aggregation must be 'plain', 'secure' or 'secure-sum', got {kind!r}"
+        )
+    if kind != "secure-sum" and "coalition" in own:
+        raise ConfigurationError(
+            "coalition is for noise that is in the sum only: give aggregation 'secure-sum', or "
+            "leave it out"
+        )
+    if kind == "plain":
+        if own:
+            raise ConfigurationError(
+                f"{', '.join(own)} is for masked sums: give aggregation 'secure' or 'secure-sum', "
+                "or leave it out"
+            )
+        return {"kind": kind}
+    if "dropouts" in own and "min_holders" in chosen:
+        raise ConfigurationError(
+            "dropouts and min_holders both say how many of a round must remain; give one of them"
+        )
+    cohort = chosen.setdefault("cohort", holders)
+    fields = {**masking(cohort, own.pop("dropouts", None)), **own}
+    chosen.setdefault("min_holders", fields.pop("min_holders"))
+    return {"kind": kind, "dimension": dimension_of(task), **fields}
+
+
 def _privacy(
-    chosen: Mapping[str, Any], task: Task, epsilon: float | None, population: int
+    chosen: Mapping[str, Any],
+    task: Task,
+    epsilon: float | None,
+    population: int,
+    aggregation: str,
 ) -> dict[str, Any]:
     """The plan's privacy, not yet calibrated."""
     unit = chosen.get("unit", task.unit)
@@ -153,7 +199,7 @@ def _privacy(
         "clip_norm": chosen.get("clip_norm", 1.0),
     }
     if unit != "holder":
-        return {"kind": "dp", **common}
+        return {"kind": "distributed" if aggregation == "secure-sum" else "dp", **common}
     own = {name: chosen[name] for name in central}
     return {"kind": "central", **common, "population": population, **own}
 

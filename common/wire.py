@@ -18,6 +18,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from common.errors import ConfigurationError, Refusal, WireError
+from common.link.npy import read_header
 from common.plan import TrainingPlan
 from common.statistics_plan import StatisticsPlan
 
@@ -25,6 +26,7 @@ __all__ = [
     "ARRAYS",
     "CONFIG",
     "FAILED",
+    "LOST_WITH_ITS_ROUND",
     "METRICS",
     "PARAMETERS",
     "WEIGHT",
@@ -35,10 +37,17 @@ __all__ = [
     "TrainReply",
     "Vector",
     "array_of",
+    "dropped_error",
+    "elements_of",
     "error_message",
     "integers_of",
+    "lost_error",
+    "only_array",
+    "read_plan",
+    "read_weight",
     "refusal_error",
     "request_id",
+    "round_of",
     "vector_of",
 ]
 
@@ -57,9 +66,11 @@ REFUSED = 1000
 """Flower error code of a refusal; its reason is a sentence that may be shown."""
 FAILED = 1001
 """Flower error code of a failure on the holder; its reason is an exception's type name."""
+LOST = 1002
+"""Flower error code of what the coordinator itself notes of a holder in a masked round."""
 
 
-def array_of(vector: Vector | Integers) -> Array:
+def array_of(vector: npt.NDArray[Any]) -> Array:
     """A Flower Array of a flat vector, with one copy instead of ``np.save``'s three."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(vector))
@@ -77,7 +88,7 @@ def vector_of(array: Array, *, what: str) -> Vector:
     Raises:
         WireError: not a finite, flat float32 vector.
     """
-    vector: Vector = _elements(array, np.dtype(np.float32), what)
+    vector: Vector = elements_of(array, np.dtype(np.float32), what)
     with np.errstate(over="ignore", invalid="ignore"):
         # One pass without a temporary; only where it overflows is every number looked at.
         suspicious = not np.isfinite(np.dot(vector, vector))
@@ -92,29 +103,24 @@ def integers_of(array: Array, *, what: str) -> Integers:
     Raises:
         WireError: not a flat int64 vector.
     """
-    return _elements(array, np.dtype(np.int64), what)
+    return elements_of(array, np.dtype(np.int64), what)
 
 
-def _elements(array: Array, wanted: np.dtype[Any], what: str) -> npt.NDArray[Any]:
-    """The elements of a flat array of one type, in the memory of the array."""
+def elements_of(array: Array, wanted: np.dtype[Any], what: str) -> npt.NDArray[Any]:
+    """The elements of a flat array of one type, in the memory of the array.
+
+    Raises:
+        WireError: it is not flat, not of that type, or shorter or longer than it says.
+    """
     if array.stype != NUMPY:
         raise WireError(f"{what}: serialization {array.stype!r}, expected {NUMPY!r}")
-    head = io.BytesIO(array.data[:1024])
-    try:
-        version = np.lib.format.read_magic(head)
-        if version != (1, 0):
-            raise ValueError(f"npy version {version}")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
-    except ValueError as error:
-        raise WireError(f"{what}: not an npy array ({error})") from None
-    if dtype != wanted or len(shape) != 1 or fortran:
-        raise WireError(f"{what}: {dtype}{list(shape)}, expected a flat {wanted} vector")
-    if len(array.data) - head.tell() != wanted.itemsize * shape[0]:
-        raise WireError(
-            f"{what}: {len(array.data) - head.tell()} bytes, expected "
-            f"{wanted.itemsize * shape[0]} for {shape[0]} numbers"
-        )
-    return np.frombuffer(array.data, dtype=wanted, offset=head.tell())
+    head = read_header(array.data, what)
+    if head.dtype != wanted or len(head.shape) != 1 or head.fortran:
+        raise WireError(f"{what}: {head.dtype}{list(head.shape)}, expected a flat {wanted} vector")
+    given, needed = len(array.data) - head.start, wanted.itemsize * head.shape[0]
+    if given != needed:
+        raise WireError(f"{what}: {given} bytes, expected {needed} for {head.shape[0]} numbers")
+    return np.frombuffer(array.data, dtype=wanted, offset=head.start)
 
 
 def request_id(run_id: str, number: int) -> str:
@@ -167,22 +173,39 @@ class RoundRequest:
         Raises:
             WireError: a record is missing or is not what it should be.
         """
-        arrays, config = _only_array(message.content, PARAMETERS), message.content.get(CONFIG)
+        arrays, config = only_array(message.content, PARAMETERS), message.content.get(CONFIG)
         if not isinstance(config, ConfigRecord):
             raise WireError(f"the request has no {CONFIG!r} record")
-        run_id, number, plan = (config.get(key) for key in ("run-id", "server-round", "plan"))
-        if not (isinstance(run_id, str) and isinstance(number, int) and isinstance(plan, str)):
-            raise WireError("the request needs run-id (str), server-round (int) and plan (str)")
-        if not _RUN_ID.fullmatch(run_id):
-            raise WireError("run-id must be 1-100 letters, digits, '-' or '_'")
-        try:
-            parsed = TrainingPlan.from_json(plan)
-        except ConfigurationError as error:
-            raise WireError(f"the request's plan is not valid: {error}") from None
-        if not 1 <= number <= parsed.rounds:
+        run_id, number = round_of(config)
+        parsed = read_plan(config)
+        if number > parsed.rounds:
             raise WireError(f"server-round must be in 1..{parsed.rounds}, got {number}")
         clip_norm = _clip_norm(config, parsed)
         return cls(run_id, number, parsed, vector_of(arrays, what="parameters"), clip_norm)
+
+
+def round_of(config: object) -> tuple[str, int]:
+    """Run and round in a request's config record; raises WireError."""
+    run_id, number = (
+        config.get(key) if isinstance(config, ConfigRecord) else None
+        for key in ("run-id", "server-round")
+    )
+    if not (isinstance(run_id, str) and isinstance(number, int) and number >= 1):
+        raise WireError("the request needs run-id (str) and server-round (int, from 1)")
+    if not _RUN_ID.fullmatch(run_id):
+        raise WireError("run-id must be 1-100 letters, digits, '-' or '_'")
+    return run_id, number
+
+
+def read_plan(config: object) -> TrainingPlan:
+    """The plan in a request's config record; raises WireError."""
+    plan = config.get("plan") if isinstance(config, ConfigRecord) else None
+    if not isinstance(plan, str):
+        raise WireError("the request needs plan (str)")
+    try:
+        return TrainingPlan.from_json(plan)
+    except ConfigurationError as error:
+        raise WireError(f"the request's plan is not valid: {error}") from None
 
 
 def _clip_norm(config: ConfigRecord, plan: TrainingPlan) -> float | None:
@@ -250,22 +273,18 @@ class TrainReply:
         Raises:
             WireError: says what is wrong with it.
         """
-        update = vector_of(_only_array(content, UPDATE), what="update")
+        update = vector_of(only_array(content, UPDATE), what="update")
         if len(update) != dimension:
             raise WireError(f"update: {len(update)} parameters, the model has {dimension}")
         norm, bound = _norm(update), plan.largest_update_norm(dimension, clip_norm)
         if not norm <= bound:
             raise WireError(f"update: norm {norm:.3g} is above {bound:.3g}, the plan's bound")
-        metrics = content.get(METRICS)
-        weight = metrics.get(WEIGHT) if isinstance(metrics, MetricRecord) else None
-        largest = holders * plan.largest_weight
-        if not isinstance(weight, float) or not 0 < weight <= largest:
-            raise WireError(f"weight: {weight!r}, expected one in (0, {largest:g}]")
+        weight = read_weight(content, holders * plan.largest_weight)
         if clip_norm is None:
             return cls(update, weight)
         if weight != holders:  # bits are centred by it: a holder of less than 1 would count more
             raise WireError(f"weight: {weight!r}, expected {holders:g}, as holders weigh the same")
-        return cls(update, weight, _count_within(metrics, holders))
+        return cls(update, weight, _count_within(content.get(METRICS), holders))
 
     def parameters(self, old: Vector) -> RecordDict:
         """The reply in the form that Flower's strategies average: new parameters, not updates."""
@@ -275,6 +294,15 @@ class TrainReply:
                 METRICS: MetricRecord({WEIGHT: self.weight}),
             }
         )
+
+
+def read_weight(content: RecordDict, largest: float) -> float:
+    """The aggregation weight in a reply; raises WireError."""
+    metrics = content.get(METRICS)
+    weight = metrics.get(WEIGHT) if isinstance(metrics, MetricRecord) else None
+    if not isinstance(weight, float) or not 0 < weight <= largest:
+        raise WireError(f"weight: {weight!r}, expected one in (0, {largest:g}]")
+    return weight
 
 
 def _count_within(metrics: object, holders: int) -> int:
@@ -324,7 +352,7 @@ class EvaluateReply:
             if ARRAYS in content:
                 raise WireError("the evaluation has an array, and the plan asks for none")
             return None
-        counts = integers_of(_only_array(content, HISTOGRAM), what="histogram")
+        counts = integers_of(only_array(content, HISTOGRAM), what="histogram")
         if len(counts) != cells:
             raise WireError(f"histogram: {len(counts)} counts, the task has {cells} cells")
         if not -largest <= counts.min() <= counts.max() <= largest:
@@ -426,7 +454,7 @@ class StatisticsReply:
         Raises:
             WireError: says what is wrong with it.
         """
-        sums = integers_of(_only_array(content, SUMS), what="sums")
+        sums = integers_of(only_array(content, SUMS), what="sums")
         if len(sums) != dimension:
             raise WireError(f"sums: {len(sums)} numbers, the plan's answer has {dimension}")
         # abs() of the least int64 is itself.
@@ -440,15 +468,31 @@ def refusal_error(refusal: Refusal) -> Error:
     return Error(REFUSED, f"{refusal.code}: {refusal.sentence}")
 
 
+def lost_error(why: str) -> Error:
+    """What the coordinator notes of holders that did their part in a round that came to nothing."""
+    return Error(LOST, LOST_WITH_ITS_ROUND + why)
+
+
+LOST_WITH_ITS_ROUND = "lost: "
+"""How :func:`error_message` begins where a holder did its part and its round came to nothing."""
+
+
+def dropped_error(why: str) -> Error:
+    """What the coordinator notes of a holder that dropped out of a masked round."""
+    return Error(LOST, why)
+
+
 def error_message(error: Error) -> str:
     """An error reply as the coordinator shows it.
 
-    Only a refusal's text is shown: any other text could hold data that a holder did not mean
-    to send. It is one line of at most 300 printable characters, so that a terminal can show it.
+    Only a refusal's text is shown, and our own: any other could hold data that a holder did not
+    mean to send. It is one line of at most 300 printable characters, that a terminal can show.
     """
     reason = error.reason or ""
     if error.code == REFUSED:
         message = f"declined: {reason}"
+    elif error.code == LOST:
+        message = reason
     else:
         message = f"failed: {reason if reason.isidentifier() else f'error {error.code}'}"
     return "".join(filter(str.isprintable, message))[:300]
@@ -459,7 +503,8 @@ def _norm(vector: Vector) -> float:
         return float(np.linalg.norm(vector))
 
 
-def _only_array(content: RecordDict, name: str) -> Array:
+def only_array(content: RecordDict, name: str) -> Array:
+    """The array of a message that has just one; raises WireError."""
     record = content.get(ARRAYS)
     if not isinstance(record, ArrayRecord) or list(record) != [name]:
         raise WireError(f"expected one array {name!r} in the record {ARRAYS!r}")

@@ -108,11 +108,11 @@ def build_strategy(plan: TrainingPlan) -> Strategy:
         raise ConfigurationError(
             f"there is no strategy {settings.name!r}; there are {', '.join(STRATEGIES)}"
         )
-    if plan.privacy.kind == "central" and not kind.linear:
+    why = _only_sums(plan)
+    if why and not kind.linear:
         linear = ", ".join(name for name, other in STRATEGIES.items() if other.linear)
         raise ConfigurationError(
-            f"strategy {settings.name!r} looks at single updates, and where holders are the unit "
-            f"only their noised sum is to be seen; use one of {linear}"
+            f"strategy {settings.name!r} looks at single updates, and {why}; use one of {linear}"
         )
     fewest = kind.fewest(settings)
     if plan.min_holders < fewest:
@@ -121,6 +121,15 @@ def build_strategy(plan: TrainingPlan) -> Strategy:
             f"{fewest} holders a round, min_holders is {plan.min_holders}"
         )
     return kind.build(settings)
+
+
+def _only_sums(plan: TrainingPlan) -> str:
+    """Why a strategy gets to see sums of updates only; empty if it sees each."""
+    if plan.privacy.kind == "central":
+        return "where holders are the unit only their noised sum is to be seen"
+    if plan.aggregation.kind != "plain":
+        return f"under aggregation {plan.aggregation.kind!r} there is only their sum"
+    return ""
 
 
 def snapshot(name: str, strategy: Strategy) -> dict[str, NDArray]:

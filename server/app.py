@@ -22,6 +22,7 @@ from server.central import Combination, combination_of
 from server.checkpoints import Checkpoints, RunState
 from server.rounds import RoundSummary, evaluate, rounds, wait_for_quorum
 from server.runs import RunFolder, RunResult
+from server.secure import secured
 
 __all__ = ["app", "build_app", "federate"]
 
@@ -52,6 +53,7 @@ def federate(
         RunError: a round without a quorum; the folder holds the rounds before it.
     """
     strategy = build_strategy(plan)
+    grid = secured(grid, plan)
     if folder is None:
         state, history = RunState(uuid4().hex[:12], 0, initial_parameters(task, plan.seed)), []
     else:
@@ -113,8 +115,8 @@ def _require_holders(grid: Grid, plan: TrainingPlan) -> None:
     present = wait_for_quorum(grid, plan)
     if present < plan.min_holders:
         raise RunError(
-            f"{present} of at least {plan.min_holders} holders joined within "
-            f"{plan.round_deadline:g} s"
+            f"{present} of at least {plan.min_holders} holders are there; start the others, or ask "
+            "for fewer with --min-holders, or with --cohort where updates are masked"
         )
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from common.durable import write_tensors
 from common.errors import StateError
 from common.plan import TrainingPlan
+from common.texts import read_json
 from common.wire import Vector
 
 __all__ = ["Checkpoints", "RunState"]
@@ -76,6 +77,10 @@ class RunState:
             strategy=strategy,
         )
 
+    def skipped(self) -> RunState:
+        """The state after a round that gave nothing."""
+        return replace(self, round=self.round + 1)
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -114,28 +119,15 @@ class Checkpoints:
         if newest is None:
             return None
         try:
-            with safe_open(newest, framework="numpy") as file:
-                about = json.loads(file.metadata()["sotto"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            digest, state = _read(newest)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StateError(
                 f"{newest} cannot be read ({type(error).__name__}); delete it to go on from the "
                 "checkpoint before it"
             ) from None
-        if about["plan_digest"] != plan.digest:
+        if digest != plan.digest:
             raise StateError(f"{newest} belongs to another plan than {self.folder / 'plan.toml'}")
-        return RunState(
-            run_id=about["run_id"],
-            round=about["round"],
-            parameters=tensors["parameters"],
-            mean=tensors.get("mean"),
-            averaged=about["averaged"],
-            strategy={
-                name.removeprefix("strategy/"): value
-                for name, value in tensors.items()
-                if name.startswith("strategy/")
-            },
-        )
+        return state
 
     def clear(self) -> None:
         """Delete all checkpoints: the run has ended and its model is kept."""
@@ -147,3 +139,23 @@ class Checkpoints:
         named = re.compile(r"checkpoint-\d{6}\.safetensors")
         found = [path for path in self.folder.glob("checkpoint-*") if named.fullmatch(path.name)]
         yield from sorted(found, reverse=True)
+
+
+def _read(path: Path) -> tuple[str, RunState]:
+    """The digest of a checkpoint's plan, and its state."""
+    with safe_open(path, framework="numpy") as file:
+        about = read_json(file.metadata()["sotto"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = RunState(
+        run_id=about["run_id"],
+        round=about["round"],
+        parameters=tensors["parameters"],
+        mean=tensors.get("mean"),
+        averaged=about["averaged"],
+        strategy={
+            name.removeprefix("strategy/"): value
+            for name, value in tensors.items()
+            if name.startswith("strategy/")
+        },
+    )
+    return about["plan_digest"], state

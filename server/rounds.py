@@ -68,6 +68,8 @@ class RoundSummary:
         metrics: name of holder → metrics, of holders that share them; after evaluation.
         evaluation: metrics of the held-out units of all holders together, with error bars, from
             their noised histograms; after an evaluation that has a price.
+        lost: why the round gave nothing, where too few holders remained for a masked sum; the
+            model is then that of the round before.
     """
 
     round: int
@@ -76,6 +78,11 @@ class RoundSummary:
     seconds: float
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     evaluation: Mapping[str, Estimate] = field(default_factory=dict)
+    lost: str = ""
+
+
+MOST_LOST_IN_A_ROW = 3
+"""After so many rounds in a row that gave nothing, the run stops and says so."""
 
 
 class _Cohort(BaseGrid):
@@ -124,9 +131,19 @@ def rounds(
     _require_names(grid, plan)
     restore(plan.strategy.name, strategy, state.strategy)
     combination = combination or combination_of(plan)
+    lost = 0
     while state.round < plan.rounds:
         state, summary = next_round(grid, plan, strategy, state, combination)
         yield state, summary
+        lost = lost + 1 if summary.lost else 0
+        if lost == MOST_LOST_IN_A_ROW:
+            raise RunError(
+                f"{lost} rounds in a row gave nothing, the last because {summary.lost} "
+                f"({_reasons(summary.missed)}); once that is mended, start again with the same "
+                "state folder to go on"
+            )
+        if lost and state.round < plan.rounds:
+            _wait_for_more(grid, plan)
 
 
 def next_round(
@@ -149,6 +166,11 @@ def next_round(
     accepted, missed = _ask(grid, strategy, request, cohort, combination.fewest)
     nodes = sorted(node for answer, _ in accepted for node in answer.nodes)
     names = tuple(holder_name(grid, node) for node in nodes)
+    if len(nodes) < combination.fewest <= len(cohort) and plan.aggregation.kind != "plain":
+        # What holders sent for this round is not sent again, so there is no second try.
+        why = f"fewer than {combination.fewest} holders remained for a masked sum"
+        seconds = time.perf_counter() - begin
+        return state.skipped(), RoundSummary(number, (), missed, seconds, lost=why)
     _require_quorum(combination.fewest, number, names, missed)
 
     replies = [reply for _, reply in accepted]
@@ -226,8 +248,9 @@ def wait_for_quorum(grid: Grid, plan: _Quorum, poll: float = 0.05) -> int:
         How many are there.
     """
     deadline = time.monotonic() + plan.round_deadline
+    simulated = isinstance(grid, BaseGrid) and grid.complete
     while (present := len(list(grid.get_node_ids()))) < plan.min_holders:
-        if time.monotonic() > deadline:
+        if simulated or time.monotonic() > deadline:
             break
         time.sleep(poll)
     return present
@@ -278,6 +301,8 @@ def _ask(
         counted, rejected = _validate(answers, request)
         accepted += counted
         missed |= silent | _named(grid, rejected)
+        if request.plan.aggregation.kind != "plain":
+            break  # nobody can be added to a masked sum
         lacking = fewest - sum(len(answer.nodes) for answer, _ in accepted)
         # As many as are lacking: a hundred thousand need not be asked because one declined.
         nodes = _others(grid, asked, deadline)[:lacking] if lacking > 0 else []
@@ -297,6 +322,17 @@ def _others(grid: Grid, asked: set[int], deadline: float, poll: float = 0.05) ->
             break
         time.sleep(poll)
     return others
+
+
+def _wait_for_more(grid: Grid, plan: TrainingPlan) -> None:
+    """After a lost round, wait for a holder to come, if the cohort is not complete.
+
+    Where somebody declines, rounds are lost in no time, and those who would make up for it have
+    not joined yet.
+    """
+    present = set(grid.get_node_ids())
+    if plan.cohort is not None and len(present) < plan.cohort:
+        _others(grid, present, time.monotonic() + plan.round_deadline)
 
 
 NOBODY = 1
@@ -410,12 +446,15 @@ def _require_quorum(
 ) -> None:
     if len(accepted) >= fewest:
         return
-    reasons = "; ".join(f"{name}: {why}" for name, why in sorted(missed.items())) or "nobody asked"
     raise RunError(
         f"round {number}: {len(accepted)} of at least {fewest} updates were accepted "
-        f"({reasons}). The model of round {number - 1} is kept; start again with the same state "
-        "folder to go on"
+        f"({_reasons(missed)}). The model of round {number - 1} is kept; start again with the same "
+        "state folder to go on"
     )
+
+
+def _reasons(missed: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in sorted(missed.items())) or "nobody asked"
 
 
 def result_of(arrays: ArrayRecord | None, old: Vector) -> Vector:

@@ -193,6 +193,7 @@ def _summary_of(line: str) -> RoundSummary:
         values["seconds"],
         metrics,
         evaluation,
+        values.get("lost", ""),
     )
 
 

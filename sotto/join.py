@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["join", "own_data", "own_tables"]
 
+UNPINNED = (
+    "secure-sum is allowed and no holders are pinned: a dishonest coordinator could make others "
+    "up and read this one's part; name their signing keys under holders in policy.toml."
+)
+
 
 def join(
     server: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
@@ -56,6 +61,13 @@ def join(
         int | None,
         typer.Option(help="Public, rough number of training units to declare; the source's own."),
     ] = None,
+    aggregation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A level that is allowed, plain, secure or secure-sum; may be repeated. The first "
+            "two, unless given."
+        ),
+    ] = None,
     anchor: Annotated[
         list[Path] | None,
         typer.Option(
@@ -82,9 +94,12 @@ def join(
     from common.errors import ConfigurationError
     from common.link.certificates import fingerprint
     from common.tasks import load
+    from sotto.keys_report import expiry_warnings
 
     rules = policy or policy_path(state)
-    wanted = Wanted(data_set, budget, delta, allow_no_dp, share_metrics, size_class)
+    wanted = Wanted(
+        data_set, budget, delta, allow_no_dp, share_metrics, size_class, tuple(aggregation or ())
+    )
     is_first = policy is None and not rules.exists()
     if is_first:
         wanted.require_enough()
@@ -92,6 +107,8 @@ def join(
         raise ConfigurationError("give either --data FILE or --part NAME, and not both")
     screen = Screen(Output(quiet=quiet))
     keys, own_name = _identity(state, name, insecure=insecure)
+    for warning in expiry_warnings(keys) if keys else ():
+        screen.say(warning)
     loaded = load(task, source, preprocessing)
     own = own_tables(loaded, data, part, holders, seed)
     size = loaded.source.nominal_size(holders)
@@ -118,6 +135,8 @@ def join(
             add_policy(rules, allowed)
             screen.say(f"Wrote {rules} from the flags; from now on it is what holds.")
         screen.say(_greeting(holder))
+        if "secure-sum" in allowed.aggregation and not allowed.holders:
+            screen.say(UNPINNED)
         _stay(screen, holder, server, keys)
 
 
@@ -139,9 +158,23 @@ def _stay(screen: Screen, holder: Holder, server: str, keys: HolderKeys | None) 
     from flwr.app import Context, RecordDict
 
     from client.app import build_app
-    from client.node import Node
+    from client.node import Connected, Node
+    from client.secure import Participant
+    from common.limits import largest_request
+    from common.link.signing import Identity, Trust
 
-    app = build_app(lambda _: holder)
+    if keys is None:
+        participant = Participant.unsigned(holder)
+    else:
+        trust = Trust(keys.authority, frozenset(holder.policy.holders))
+        participant = Participant(holder, lambda: Identity.of(keys), trust)
+
+    def told(event: NodeEvent) -> None:
+        if isinstance(event, Connected):
+            _note_keys(screen, holder, keys)
+        _tell(screen, holder, event)
+
+    app = build_app(lambda _: participant)
     context = Context(1, 1, {}, RecordDict(), {})
     node = Node(
         server,
@@ -149,7 +182,8 @@ def _stay(screen: Screen, holder: Holder, server: str, keys: HolderKeys | None) 
         keys=keys,
         name=holder.name,
         task=holder.task.name,
-        on_event=lambda event: _tell(screen, holder, event),
+        on_event=told,
+        max_message_bytes=largest_request(holder.task),
     )
     signalled = False
 
@@ -165,6 +199,23 @@ def _stay(screen: Screen, holder: Holder, server: str, keys: HolderKeys | None) 
     screen.say(f"{holder.name}: left.")
 
 
+def _note_keys(screen: Screen, holder: Holder, keys: HolderKeys | None) -> None:
+    """Have the ledger say whose it is and which keys it shows: before anything leaves under them.
+
+    Args:
+        screen: is told of what goes wrong; the work goes on, for the entry protects nobody.
+        holder: whose ledger it is.
+        keys: of the holder; None where there is no TLS.
+    """
+    from common.errors import LinkError, StateError
+    from sotto.keys_report import keys_sentence
+
+    try:
+        holder.state.ledger.note_holder(holder.name, keys_sentence(keys))
+    except (LinkError, StateError) as error:
+        screen.say(f"{holder.name}: the ledger does not say which keys it shows: {error}.")
+
+
 def _tell(screen: Screen, holder: Holder, event: NodeEvent) -> None:
     """One plain line for what a person wants to know."""
     from client.node import Connected, Disconnected, Replied
@@ -173,7 +224,7 @@ def _tell(screen: Screen, holder: Holder, event: NodeEvent) -> None:
         screen.say(f"{event.holder}: joined {event.federation}.")
     elif isinstance(event, Disconnected):
         screen.say(f"{holder.name}: {event.reason}; trying again in {event.retry_in:.1f} s.")
-    elif isinstance(event, Replied) and not screen.quiet:
+    elif isinstance(event, Replied) and (event.error is not None or not screen.quiet):
         budget = holder.policy.budget
         account = f"; ε spent {figure(holder.spent(), 2)} of {budget.epsilon:g}" if budget else ""
         screen.say(f"{holder.name}: {event.message_type} {_outcome(event)}{account}.")

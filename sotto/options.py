@@ -50,6 +50,17 @@ _PLAN: dict[str, Any] = {
     "average_from": _option(float | None, "Average the models after this fraction of rounds."),
     "evaluate": _option(str | None, "When holders judge the model: never, 'every N' or final."),
     "scaling": _option(str | None, "File of shifts and scales of inputs; see 'sotto stats'."),
+    "aggregation": _option(
+        str | None, "What the coordinator sees: plain, secure or secure-sum.", panel="Privacy"
+    ),
+    "dropouts": _option(
+        float | None,
+        "Share of the cohort that a masked sum may lose; below a third.",
+        panel="Privacy",
+    ),
+    "coalition": _option(
+        int | None, "With secure-sum: holders that may help the coordinator.", panel="Privacy"
+    ),
     "round_deadline": _option(float | None, "Seconds until a silent holder misses the round."),
     "max_update_norm": _option(float | None, "Bound on updates of a plan without privacy."),
     "epsilon": _option(float | None, "ε of the whole run, for each holder.", panel="Privacy"),

@@ -68,14 +68,28 @@ def init(
     unprotected: Annotated[
         bool | None, typer.Option("--unprotected", help="The data are public or synthetic.")
     ] = None,
-    secure_aggregation: Annotated[
-        bool | None, typer.Option("--secure-aggregation", help="Refuse plain aggregation.")
+    aggregation: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A level that is allowed, plain, secure or secure-sum; may be repeated. The first "
+            "two, unless given."
+        ),
+    ] = None,
+    coalition: Annotated[
+        int | None, typer.Option(help="Colluding holders that secure-sum's ε must withstand.")
     ] = None,
     coordinator: Annotated[
         list[str] | None,
         typer.Option(
             help="Fingerprint of an authority that may ask; may be repeated. The one whose keys "
             "are installed, unless given."
+        ),
+    ] = None,
+    holder: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Fingerprint of another holder's signing key, which may take part in a masked "
+            "round; may be repeated. Whoever the authority has signed, unless given."
         ),
     ] = None,
     policy: _File = None,
@@ -98,21 +112,36 @@ def init(
         "evaluation": evaluation,
         "statistics": statistics,
         "unprotected": unprotected,
-        "secure_aggregation": secure_aggregation,
+        "aggregation": aggregation,
+        "coalition": coalition,
         "tasks": task,
         "coordinators": coordinator or _installed_authority(state),
+        "holders": holder,
     }
-    if path.exists() and (task or coordinator):
+    if path.exists() and (task or coordinator or holder):
         raise ConfigurationError(
-            f"{path} is there, and has tasks and coordinators for all its data sets; leave --task "
-            "and --coordinator out, or edit the file"
+            f"{path} is there, and has tasks, coordinators and holders for all its data sets; "
+            "leave --task, --coordinator and --holder out, or edit the file"
         )
     given = {key: value for key, value in rules.items() if value is not None}
     add_policy(path, validated(Policy, given))
     print(f"Wrote the rules for data set {data_set!r} to {path}.")
     if budget is None and not unprotected:
         print("No budget is set, so nothing is released; add one with 'sotto ledger budget set'.")
+    if "secure-sum" in (aggregation or ()):
+        _warn_unless_pinned(path, data_set)
     print(f"Read it, and sign it off; 'sotto policy show --state {state}' says it in a table.")
+
+
+def _warn_unless_pinned(path: Path, data_set: str) -> None:
+    from client.policy_file import PolicyFile
+
+    if not PolicyFile.load(path).policies[data_set].holders:
+        print(
+            "secure-sum is allowed and no holders are pinned: a dishonest coordinator could make "
+            "up all the others, and see what this holder sends with a small share of the noise. "
+            "Pin the others' signing keys (holders); 'sotto keys list' shows each, there."
+        )
 
 
 def _budget(
@@ -188,8 +217,9 @@ def _value(policy: Policy, key: str) -> str:
         return "the source's"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if key == "coordinators":
-        return ", ".join(f"{each[:30]}…" for each in value) or "the installed one"
+    if key in ("coordinators", "holders"):
+        anyone = {"coordinators": "the installed one", "holders": "whoever the authority signed"}
+        return ", ".join(f"{each[:30]}…" for each in value) or anyone[key]
     if isinstance(value, tuple):
         return ", ".join(value) or "none"
     if value is None:
@@ -368,9 +398,9 @@ def _of_account(
 ) -> Iterator[Finding]:
     """The rules that need the ledger, which says what it would say to the first request."""
     from client.policy import Finding
+    from client.requests import Terms
 
-    private = plan.privacy.kind == "dp"
-    budget = policy.budget if private else None
+    budget = policy.budget if Terms.of_plan(plan).private else None
     said = {
         refusal.code: refusal.sentence
         for refusal in ledger.refusals(

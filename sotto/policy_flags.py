@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ class Wanted:
         allow_no_dp: whether the data are public.
         share_metrics: whether exact metrics leave.
         size_class: the declared number of training units.
+        aggregation: the levels that are allowed.
     """
 
     data_set: str | None = None
@@ -35,6 +37,7 @@ class Wanted:
     allow_no_dp: bool = False
     share_metrics: bool = False
     size_class: int | None = None
+    aggregation: tuple[str, ...] = ()
 
     def require_enough(self) -> None:
         """Refuse flags from which no first policy can be made.
@@ -77,6 +80,8 @@ class Wanted:
         if self.budget is not None:
             own = delta if self.delta is None else self.delta
             values["budget"] = {"epsilon": self.budget, "delta": own}
+        if self.aggregation:
+            values["aggregation"] = self.aggregation
         return validated(Policy, values)
 
     def agreed(self, path: Path, size_class: int) -> Policy:
@@ -103,6 +108,8 @@ class Wanted:
             ("--allow-no-dp", self.allow_no_dp or None, "unprotected", policy.unprotected, edit),
             ("--share-metrics", "exact" if self.share_metrics else None, "evaluation",
              policy.evaluation, edit),
+            ("--aggregation", _levels(self.aggregation) or None, "aggregation",
+             _levels(policy.aggregation), edit),
         ]  # fmt: skip
         for flag, given, key, written, change in pairs:
             if given is not None and given != written:
@@ -144,8 +151,15 @@ def require_fitting(path: Path, policy: Policy, task: str, coordinator: str) -> 
         )
 
 
+def _levels(levels: Sequence[str]) -> list[str]:
+    """Without repetitions, from the most that the coordinator sees to the least."""
+    return sorted(set(levels))
+
+
 def _said(flag: str, given: object) -> str:
     """What somebody typed; flags without a value have none to repeat."""
+    if isinstance(given, list):
+        return " ".join(f"{flag} {each}" for each in given)
     return flag if flag in ("--allow-no-dp", "--share-metrics") else f"{flag} {_text(given)}"
 
 

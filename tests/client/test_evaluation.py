@@ -14,6 +14,7 @@ from client.app import build_app
 from client.holder import Holder
 from client.policy import Policy
 from client.requests import Request
+from client.secure import Participant
 from client.state import HolderState
 from common.errors import Refusal
 from common.flower import set_identity, stamp
@@ -100,7 +101,9 @@ def test_nothing_but_noised_counts_leaves(tmp_path: Path) -> None:
     stamp(message)
     with HolderState.at(tmp_path) as state:
         clinic = holder(state)
-        answer = build_app(lambda _: clinic)(message, Context(1, 2, {}, RecordDict(), {}))
+        answer = build_app(lambda _: Participant.unsigned(clinic))(
+            message, Context(1, 2, {}, RecordDict(), {})
+        )
     assert set(answer.content) == {"arrays", "metrics"}
     assert set(answer.content["metrics"]) == {"weight"}
     assert set(answer.content["arrays"]) == {"histogram"}

@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from client.app import build_app
 from client.holder import Holder
 from client.policy import Policy
+from client.secure import Participant
 from client.state import KEPT_RUNS, HolderState
 from common.errors import ConfigurationError, Refusal
 from common.flower import set_identity, stamp
@@ -49,7 +50,9 @@ def ask(holder: Holder, request: RoundRequest, kind: str = "train") -> Message:
     set_identity(1)
     message = Message(request.records(), 2, kind)
     stamp(message)
-    return build_app(lambda _: holder)(message, Context(1, 2, {}, RecordDict(), {}))
+    return build_app(lambda _: Participant.unsigned(holder))(
+        message, Context(1, 2, {}, RecordDict(), {})
+    )
 
 
 def test_an_answer_is_charged_and_committed_before_it_is_given(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from client.app import build_app
 from client.holder import Holder
 from client.policy import RULES, Policy, same_fingerprint
-from client.requests import Terms
+from client.requests import Request, Terms
+from client.secure import Participant
 from client.state import HolderState
 from common.errors import ConfigurationError, Refusal
 from common.flower import set_identity, stamp
@@ -27,6 +28,7 @@ from common.plan import TrainingPlan
 from common.privacy.accounting import epsilon
 from common.privacy.ledger import Budget
 from common.privacy.noise import SeededRandomness
+from common.secagg.wire import StepRequest, message_type_of
 from common.settings import plan_for
 from common.statistics_plan import StatisticsPlan, statistics_plan_for
 from common.tasks.base import HolderData
@@ -38,7 +40,12 @@ TASK = TinyTask()
 AUTHORITY = ":".join(["ab"] * 32)
 STRANGER = "sha256:" + "cd" * 32
 
-Asked = RoundRequest | StatisticsRequest
+USUAL_KIND = {
+    RoundRequest: "train",
+    StatisticsRequest: "query",
+    StepRequest: message_type_of("advertise_keys"),
+}
+Asked = RoundRequest | StatisticsRequest | StepRequest
 
 
 def plan(**settings: object) -> TrainingPlan:
@@ -52,6 +59,16 @@ def train(number: int = 1, run: str = "run", **settings: object) -> RoundRequest
 def changed(**fields: object) -> RoundRequest:
     """A request whose plan was not made by `plan_for`: a coordinator may send anything."""
     return RoundRequest("run", 1, plan().model_copy(update=fields), initial_parameters(TASK, 0))
+
+
+def masked(level: str = "secure", **settings: object) -> TrainingPlan:
+    """A plan whose updates are masked: three holders, of whom none may be lost."""
+    return plan(**{"aggregation": level, "cohort": 3, "min_holders": 3, **settings})
+
+
+def ask_masked(level: str = "secure", **settings: object) -> StepRequest:
+    """The first step of a masked round, where the plan is told."""
+    return StepRequest("advertise_keys", "run", 1, plan=masked(level, **settings))
 
 
 def with_histogram(price: float, **settings: object) -> TrainingPlan:
@@ -100,7 +117,11 @@ class Watched:
         self.calls.append("evaluate")
         return {"accuracy": 1.0}
 
-    def randomness(self, _: Asked) -> SeededRandomness:
+    def gradient_sum(self, *_: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.calls.append("gradient sum")
+        return torch.zeros(self.dimension), {}
+
+    def randomness(self, _: Request) -> SeededRandomness:
         self.calls.append("noise")
         return SeededRandomness("test", 0)
 
@@ -133,10 +154,10 @@ class Clinic:
 
     def ask(self, asked: Asked, kind: str = "") -> Message:
         set_identity(1)
-        usual = "train" if isinstance(asked, RoundRequest) else "query"
-        message = Message(asked.records(), 2, kind or usual)
+        message = Message(asked.records(), 2, kind or USUAL_KIND[type(asked)])
         stamp(message)
-        return build_app(lambda _: self.holder)(message, Context(1, 2, {}, RecordDict(), {}))
+        app = build_app(lambda _: Participant.unsigned(self.holder))
+        return app(message, Context(1, 2, {}, RecordDict(), {}))
 
     def entries(self) -> int:
         return len(self.holder.state.ledger.entries())
@@ -225,7 +246,23 @@ KINDS = {
     "statistics past the budget": TooMuch(
         "budget", statistics, {"statistics": True, "budget": Budget(0.5, 1e-4)}
     ),
-    "its update in the clear": TooMuch("aggregation", train, {"secure_aggregation": True}),
+    "sums of more holders than are pinned": TooMuch("holders", ask_masked, {"holders": [STRANGER]}),
+    "its update in the clear": TooMuch(
+        "aggregation", train, {"aggregation": ["secure", "secure-sum"]}
+    ),
+    "its update in a sum": TooMuch("aggregation", ask_masked, {"aggregation": ["plain"]}),
+    "a share of the noise only": TooMuch("aggregation", lambda: ask_masked("secure-sum")),
+    "sums of fewer than this one wants": TooMuch("cohort", ask_masked, {"min_cohort": 4}),
+    "trust in all other holders": TooMuch(
+        "coalition",
+        lambda: ask_masked("secure-sum", coalition=1),
+        {"aggregation": ["secure-sum"], "coalition": 2},
+    ),
+    "a sum with little noise": TooMuch(
+        "noise",
+        lambda: ask_masked("secure-sum"),
+        {"aggregation": ["secure-sum"], "min_noise_multiplier": 50.0},
+    ),
     "to be counted as a small holder": TooMuch("holder_size", lambda: train(holder_size=3)),
     "another model": TooMuch(
         "model", lambda: RoundRequest("run", 1, plan(), np.zeros(3, dtype=np.float32))
@@ -288,8 +325,95 @@ def test_the_same_request_is_answered_where_the_rules_allow_it(tmp_path: Path) -
         assert clinic.entries() == 4  # reserved and committed: an update, and statistics
 
 
+@pytest.mark.parametrize("level", ["secure", "secure-sum"])
+@pytest.mark.parametrize(
+    ("rule", "rules"),
+    [
+        ("budget", {"budget": Budget(0.5 * PRICE, 1e-4)}),
+        ("run", {"epsilon_per_run": 0.9 * PRICE}),
+        ("dry-run", {"dry_run": True}),
+    ],
+)
+def test_a_part_of_a_sum_is_held_to_the_account_as_an_update_is(
+    level: str, rule: str, rules: dict[str, object], tmp_path: Path
+) -> None:
+    asked = RoundRequest("run", 1, masked(level), initial_parameters(TASK, 0))
+    with HolderState.at(tmp_path) as state:
+        clinic = Clinic.of(state, policy(aggregation=[level], **rules))
+        with pytest.raises(Refusal) as refused:
+            clinic.holder.contribution(asked)
+        assert refused.value.code == rule
+        assert (clinic.work.calls, clinic.entries(), clinic.holder.spent()) == ([], 0, 0.0)
+
+
+@pytest.mark.parametrize("level", ["secure", "secure-sum"])
+def test_a_part_of_a_sum_is_charged_where_the_rules_allow_it(level: str, tmp_path: Path) -> None:
+    """The control of the test above, and of the first steps among the kinds of request."""
+    with HolderState.at(tmp_path) as state:
+        clinic = Clinic.of(state, policy(aggregation=[level]))
+        assert clinic.ask(ask_masked(level)).has_content()
+        assert (clinic.work.calls, clinic.entries()) == ([], 0), "keys are not about the data"
+        clinic.holder.contribution(
+            RoundRequest("run", 1, masked(level), initial_parameters(TASK, 0))
+        )
+        assert clinic.work.calls != []
+        assert clinic.entries() == 2  # reserved and committed
+
+
+def test_each_level_is_allowed_where_it_is_listed() -> None:
+    """The control of the rows about aggregation above."""
+    by_default = policy()
+    by_default.check(plan(), TASK)
+    by_default.check(masked(), TASK)
+    policy(aggregation=["plain"]).check(plan(), TASK)
+    policy(aggregation=["secure"]).check(masked(), TASK)
+    policy(aggregation=["secure-sum"]).check(masked("secure-sum"), TASK)
+    policy(aggregation=["secure-sum"], coalition=2).check(masked("secure-sum", coalition=2), TASK)
+    policy(coalition=2).check(masked(), TASK)  # noise of this holder's own leans on nobody
+
+
+def test_a_level_that_is_not_allowed_is_told_with_those_that_are() -> None:
+    with pytest.raises(Refusal) as refused:
+        policy().check(masked("secure-sum"), TASK)
+    said = refused.value.sentence
+    assert "'secure-sum', only the sum carries the full noise" in said
+    assert "the holder's policy allows 'plain' and 'secure'" in said
+
+
+def test_noise_in_the_sum_counts_as_noise_of_the_holders_own_does() -> None:
+    asked = masked("secure-sum", coalition=1, clip_norm=0.5)
+    terms = Terms.of_plan(asked)
+    assert asked.privacy.kind == "distributed"
+    assert (terms.private, terms.unit, terms.delta) == (True, "record", asked.privacy.delta)
+    assert terms.noise_multiplier == asked.privacy.noise_multiplier
+    assert (terms.clip_norm, terms.aggregation, terms.coalition) == (0.5, "secure-sum", 1)
+
+
+def test_a_share_of_the_noise_counts_as_none_where_the_coordinator_sees_it_alone() -> None:
+    """No plan can be built like this; one that was, by mistake or malice, is not private."""
+    for seen in (plan(), masked()):
+        alone = masked("secure-sum").model_copy(update={"aggregation": seen.aggregation})
+        assert not Terms.of_plan(alone).private
+        with pytest.raises(Refusal) as refused:
+            Policy.of_experiment("patients", Budget(5.0, 1e-4), 40).model_copy(
+                update={"unprotected": False}
+            ).check(alone, TASK)
+        assert refused.value.code == "unprotected"
+
+
+@pytest.mark.parametrize("level", ["plain", "secure", "secure-sum"])
+def test_an_experiment_allows_every_level(level: str) -> None:
+    asked = plan() if level == "plain" else masked(level)
+    Policy.of_experiment("patients", Budget(5.0, 1e-4), 40).check(asked, TASK)
+
+
+def test_statistics_have_a_key_of_their_own_whatever_the_level_of_updates() -> None:
+    sums_only = policy(aggregation=["secure-sum"], statistics=True)
+    sums_only.check_statistics(Terms.of_statistics(_statistics_plan()), TASK)
+
+
 def test_a_kind_of_privacy_that_is_not_known_here_counts_as_none() -> None:
-    """Only `dp` protects what leaves the holder, whatever else there may be one day."""
+    """Only kinds that are known protect what leaves the holder, whatever there may be one day."""
     central = plan().model_copy(update={"privacy": SimpleNamespace(kind="another")})
     with pytest.raises(Refusal) as refused:
         policy().check(central, TASK)
@@ -358,6 +482,14 @@ def test_a_dry_run_sends_not_even_what_was_answered_before(tmp_path: Path) -> No
 
 # -- rules that do not ----------------------------------------------------------------------------
 
+LEVELS = ("plain", "secure", "secure-sum")
+PLANS = {
+    "no privacy": plan(no_dp=True, epsilon=None),
+    "plain": plan(),
+    "secure": masked(),
+    "secure-sum": masked("secure-sum", coalition=1),
+}
+
 
 @given(rules=st.fixed_dictionaries(
     {},
@@ -367,15 +499,17 @@ def test_a_dry_run_sends_not_even_what_was_answered_before(tmp_path: Path) -> No
         "min_cohort": st.integers(1, 4),
         "evaluation": st.sampled_from(["never", "histogram"]),
         "unprotected": st.booleans(),
-        "secure_aggregation": st.booleans(),
+        "aggregation": st.lists(st.sampled_from(LEVELS), min_size=1, max_size=3),
+        "coalition": st.integers(0, 3),
+        "holders": st.sampled_from([[], [STRANGER]]),
         "size_class": st.integers(1, 1000),
         "tasks": st.sampled_from([None, ["tiny"], ["other"]]),
         "coordinators": st.sampled_from([[], [AUTHORITY], [STRANGER]]),
     },
-), private=st.booleans())  # fmt: skip
-def test_check_refuses_exactly_when_a_finding_does(rules: dict[str, object], private: bool) -> None:
+), which=st.sampled_from(["no privacy", *LEVELS]))  # fmt: skip
+def test_check_refuses_exactly_when_a_finding_does(rules: dict[str, object], which: str) -> None:
     """What `sotto policy check` shows is what the holder does."""
-    asked, holder = plan() if private else plan(no_dp=True, epsilon=None), policy(**rules)
+    asked, holder = PLANS[which], policy(**rules)
     findings = list(holder.findings(Terms.of_plan(asked), TASK, AUTHORITY))
     broken = [finding for finding in findings if finding.refusal]
     if not broken:
@@ -395,7 +529,7 @@ def test_every_broken_rule_is_found_and_not_only_the_first() -> None:
 def test_a_default_policy_lets_nothing_leave() -> None:
     safe = Policy(data_set="patients")
     asked: list[TrainingPlan] = [
-        plan(), plan(no_dp=True, epsilon=None), plan(epsilon=1e-3), with_histogram(0.1),
+        *PLANS.values(), plan(epsilon=1e-3), with_histogram(0.1),
     ]  # fmt: skip
     for each in asked:
         with pytest.raises(Refusal):
@@ -433,6 +567,10 @@ def test_a_histogram_is_held_to_the_least_noise_and_the_largest_delta_as_updates
         ({"budget": None, "epsilon_per_run": 1.0}, "epsilon_per_run needs a budget"),
         ({"min_noise_multiplier": -1.0}, "greater than or equal to 0"),
         ({"coordinators": ["coordinator.example.org"]}, "is no fingerprint"),
+        ({"holders": ["clinic-north"]}, "is no fingerprint.*'sotto keys list' shows it"),
+        ({"aggregation": []}, "without a level no plan could be answered"),
+        ({"aggregation": ["masked"]}, "'plain', 'secure' or 'secure-sum'"),
+        ({"coalition": -1}, "greater than or equal to 0"),
         ({"min_cohort": True}, "valid integer"),
         ({"budget": {"epsilon": 1.0, "delta": 2.0}}, "delta must be above 0 and below 1"),
     ],

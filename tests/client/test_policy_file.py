@@ -25,9 +25,11 @@ from common.privacy.ledger import Budget
 
 FILE = Path("policy.toml")
 AUTHORITY = "sha256:" + "ab" * 32
+NEIGHBOUR = "sha256:" + "cd" * 32
 
 WHOLE = f"""
 coordinators = ["{AUTHORITY}"]
+holders = ["{NEIGHBOUR}"]
 tasks = ["medical-diagnosis"]
 dry_run = false
 
@@ -42,7 +44,8 @@ size_class = 160
 evaluation = "histogram"
 statistics = true
 unprotected = false
-secure_aggregation = true
+aggregation = ["secure", "secure-sum"]
+coalition = 1
 
 [data_sets."heart 2026"]
 """
@@ -65,8 +68,10 @@ def test_every_key_means_what_it_says() -> None:
         size_class=160,
         evaluation="histogram",
         statistics=True,
-        secure_aggregation=True,
+        aggregation=("secure", "secure-sum"),
+        coalition=1,
         coordinators=(AUTHORITY,),
+        holders=(NEIGHBOUR,),
         tasks=("medical-diagnosis",),
     )
     assert set(MEANINGS) == {*HOLDER_KEYS, *DATA_SET_KEYS}
@@ -77,12 +82,14 @@ def test_what_is_left_out_is_not_allowed() -> None:
     bare = found.policy("heart 2026", size_class=160)
     assert bare.budget is None
     assert (bare.evaluation, bare.statistics, bare.unprotected) == ("never", False, False)
+    assert "secure-sum" not in bare.aggregation, "its noise is not this holder's alone"
     assert bare.min_noise_multiplier > 0
     assert bare.min_cohort >= 2
     assert bare.max_clip_norm is not None
     assert bare.max_rounds_per_day is not None
     assert bare.size_class == 160, "the source's own, where the file does not say"
     assert bare.coordinators == (AUTHORITY,), "rules for all data sets hold for each"
+    assert bare.holders == (NEIGHBOUR,)
     assert found.budgets() == {"default": Budget(8.0, 1e-5), "heart 2026": None}
 
 
@@ -101,6 +108,13 @@ def rule(text: str) -> str:
         ("tasks = [1]", r"tasks: input should be a list of strings, got \[1\]"),
         ("dry_run = 'no'", r"dry_run: input should be a valid boolean, got 'no'"),
         ("coordinators = ['hub.example.org']", r"'hub\.example\.org' is no fingerprint"),
+        ("holders = ['north']", r"holders: 'north' is no fingerprint.*'sotto keys list' shows it"),
+        (rule("holders = []"), r"'holders' here\. It belongs at the top of the file"),
+        (rule("aggregation = 'secure'"), r"aggregation: .*list of strings, got 'secure'"),
+        (rule("aggregation = []"), r"aggregation: without a level no plan could be answered"),
+        (rule("aggregation = ['sum']"), r"'plain', 'secure' or 'secure-sum', got 'sum'"),
+        (rule("coalition = -1"), r"coalition: .*equal to 0, got -1"),
+        (rule("secure_aggregation = true"), r"no key 'secure_aggregation' here.*'aggregation'"),
         (rule("budget = 8"), r"budget: a budget is \{ epsilon = EPS, delta = DELTA \}, got 8"),
         (rule("budget = { epsilon = 8 }"), r"budget is \{ epsilon = EPS, delta = DELTA \}, got"),
         (rule("budget = { epsilon = '8', delta = 1e-5 }"), r"budget: epsilon must be a number"),
@@ -151,6 +165,7 @@ def test_a_data_set_without_rules_is_not_served() -> None:
 
 positive = st.floats(1e-6, 1e6)
 budgets = st.builds(Budget, positive, st.floats(1e-12, 0.5))
+levels = st.sampled_from(["plain", "secure", "secure-sum"])
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20)
 
 
@@ -170,7 +185,9 @@ def policies(draw: st.DrawFn) -> Policy:
         evaluation=draw(st.sampled_from(["never", "histogram", *["exact"] * unprotected])),
         statistics=draw(st.booleans()),
         unprotected=unprotected,
-        secure_aggregation=draw(st.booleans()),
+        aggregation=tuple(draw(st.sets(levels, min_size=1))),
+        coalition=draw(st.integers(0, 1000)),
+        holders=draw(st.sampled_from([(), (NEIGHBOUR,), (NEIGHBOUR, AUTHORITY)])),
         coordinators=draw(st.sampled_from([(), (AUTHORITY,)])),
         tasks=draw(st.none() | st.lists(texts, max_size=3).map(tuple)),
         dry_run=draw(st.booleans()),

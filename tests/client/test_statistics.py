@@ -14,6 +14,7 @@ import client.statistics
 from client.app import build_app
 from client.holder import Holder
 from client.policy import Policy
+from client.secure import Participant
 from client.state import HolderState
 from common.errors import Refusal
 from common.flower import set_identity, stamp
@@ -62,7 +63,9 @@ def ask(holder: Holder, request: StatisticsRequest) -> Message:
     set_identity(1)
     message = Message(request.records(), 2, "query")
     stamp(message)
-    return build_app(lambda _: holder)(message, Context(1, 2, {}, RecordDict(), {}))
+    return build_app(lambda _: Participant.unsigned(holder))(
+        message, Context(1, 2, {}, RecordDict(), {})
+    )
 
 
 def spent(*plans: StatisticsPlan) -> float:

@@ -99,17 +99,24 @@ def test_every_setting_is_understood(tmp_path: Path) -> None:
     central: dict[str, object] = {
         "unit": "holder", "clipping": "adaptive", "mechanism": "banded", "bands": 2,
     }  # fmt: skip
+    masked: dict[str, object] = {"aggregation": "secure-sum", "dropouts": 0.0, "coalition": 2}
     default = plan_for(TinyTask(), {})
-    for name in set(SETTINGS) - {"no_dp", "evaluation_epsilon", *central}:
+    for name in set(SETTINGS) - {"no_dp", "evaluation_epsilon", *central, *masked}:
         assert plan_for(TinyTask(), {name: values.get(name, 2)}) != default, name
 
     priced = plan_for(load("medical-diagnosis"), {"evaluation_epsilon": 2})  # a task with cells
     assert priced != plan_for(load("medical-diagnosis"), {"evaluate": "final"})
-    for names in (("unit", "clipping"), ("unit", "mechanism", "bands")):
+    for names in (
+        ("unit", "clipping"),
+        ("unit", "mechanism", "bands"),
+        ("aggregation", "dropouts"),
+        ("aggregation", "coalition"),
+    ):
         for count, name in enumerate(names):
-            without = {known: central[known] for known in names[:count]}
-            with_it = {**without, name: central[name]}
-            assert plan_for(TinyTask(), with_it) != plan_for(TinyTask(), without), name
+            without = {known: (central | masked)[known] for known in names[:count]}
+            with_it = {**without, name: (central | masked)[name]}
+            one, other = (plan_for(TinyTask(), each, holders=9) for each in (with_it, without))
+            assert one != other, name
 
 
 @settings(max_examples=30, deadline=None)

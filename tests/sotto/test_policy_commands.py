@@ -21,6 +21,7 @@ from tests.commands import Said, sotto
 from tests.linking import enrol
 
 TASK, SOURCE, DELTA = "medical-diagnosis", "heart-disease", 1e-4
+NORTH, SOUTH = "sha256:" + "cd" * 32, "sha256:" + "ef" * 32
 
 
 def plan(**settings: object) -> TrainingPlan:
@@ -63,8 +64,9 @@ def test_every_rule_can_be_given(state: Path) -> None:
         "policy", "init", "--state", state, "--data-set", "heart 2026", "--budget", 6,
         "--delta", 1e-5, "--epsilon-per-run", 2, "--min-noise-multiplier", 1,
         "--max-clip-norm", 5, "--max-rounds-per-day", 50, "--min-cohort", 3, "--size-class", 200,
-        "--evaluation", "histogram", "--statistics", "--secure-aggregation",
-        "--coordinator", "sha256:" + "ab" * 32,
+        "--evaluation", "histogram", "--statistics", "--aggregation", "secure",
+        "--aggregation", "secure-sum", "--coalition", 1,
+        "--coordinator", "sha256:" + "ab" * 32, "--holder", NORTH, "--holder", SOUTH,
     )  # fmt: skip
     assert said.code == 0, said.err
     (found,) = PolicyFile.load(policy_path(state)).policies.values()
@@ -79,9 +81,20 @@ def test_every_rule_can_be_given(state: Path) -> None:
         size_class=200,
         evaluation="histogram",
         statistics=True,
-        secure_aggregation=True,
+        aggregation=("secure", "secure-sum"),
+        coalition=1,
         coordinators=("sha256:" + "ab" * 32,),
+        holders=(NORTH, SOUTH),
     )
+    assert "no holders are pinned" not in said.out
+
+
+def test_noise_of_others_is_not_relied_on_without_a_word_about_who_they_are(state: Path) -> None:
+    init = ("policy", "init", "--state", state)
+    assert "no holders are pinned" in sotto(*init, "--aggregation", "secure-sum").out
+    (found,) = PolicyFile.load(policy_path(state)).policies.values()
+    assert (found.aggregation, found.holders) == (("secure-sum",), ())
+    assert "no holders are pinned" not in sotto(*init, "--data-set", "more").out
 
 
 def test_the_authority_whose_keys_are_installed_is_written_down(state: Path) -> None:
@@ -102,6 +115,9 @@ def test_the_authority_whose_keys_are_installed_is_written_down(state: Path) -> 
         (["--evaluation", "sometimes"], "'never', 'histogram' or 'exact'"),
         (["--min-cohort", 0], "min_cohort: input should be greater than or equal to 1, got 0"),
         (["--coordinator", "hub.example.org"], "is no fingerprint"),
+        (["--holder", "north"], "'north' is no fingerprint"),
+        (["--aggregation", "masked"], "'plain', 'secure' or 'secure-sum', got 'masked'"),
+        (["--coalition", -1], "coalition: input should be greater than or equal to 0, got -1"),
     ],
 )
 def test_a_policy_that_cannot_work_is_not_written(
@@ -117,7 +133,9 @@ def test_rules_for_all_data_sets_are_not_changed_by_adding_one(state: Path) -> N
     assert sotto("policy", "init", "--state", state, "--task", TASK).code == 0
     before = policy_path(state).read_text()
     more = ("policy", "init", "--state", state, "--data-set", "more")
-    assert "has tasks and coordinators for all its data sets" in sotto(*more, "--task", TASK).err
+    said = "has tasks, coordinators and holders for all its data sets"
+    assert said in sotto(*more, "--task", TASK).err
+    assert said in sotto(*more, "--holder", NORTH).err
     assert sotto(*more).code == 0
     assert policy_path(state).read_text().startswith(before.rstrip("\n"))
     assert "has rules for data set 'more'" in sotto(*more).err
@@ -134,6 +152,8 @@ def test_show_tells_what_is_written_what_is_default_and_what_is_spent(state: Pat
     lines = [line.split() for line in said.out.splitlines()]
     assert ["min_cohort", "3"] in lines
     assert ["evaluation", "never", "default"] in lines
+    assert ["aggregation", "plain,", "secure", "default"] in lines
+    assert "whoever the authority signed" in said.out
     assert f"Spent: ε {price(plan(rounds=1)):.3f} of 6 (δ=0.0001)." in said.out
 
     said = sotto("policy", "show", "--state", state, "--json", "-")
@@ -176,7 +196,7 @@ def test_everything_that_is_wrong_is_told_at_once(state: Path) -> None:
         epsilon_per_run=1.0,
         max_rounds_per_day=10,
         min_cohort=3,
-        secure_aggregation=True,
+        aggregation=["secure"],
         dry_run=True,
     )
     said = check(state, plan(), "--json", "-")
@@ -196,6 +216,19 @@ def test_everything_that_is_wrong_is_told_at_once(state: Path) -> None:
     }
     # And people read the same.
     assert check(state, plan()).out.count("REFUSED") == len(refused)
+
+
+def test_a_plan_with_noise_in_the_sum_has_a_price_and_a_row_about_coalitions(state: Path) -> None:
+    asked = plan(aggregation="secure-sum", min_holders=None, rounds=None, coalition=1)
+    rules(state, aggregation=["secure-sum"], coalition=2, budget=Budget(1.5, DELTA))
+    said = check(state, asked, "--json", "-")
+    document = json.loads(said.out)
+    refused = {each["rule"] for each in document["rules"] if each["refusal"]}
+    assert (said.code, refused) == (3, {"coalition", "budget"})
+    assert document["epsilon"]["plan"] == pytest.approx(price(asked))
+    assert price(asked) == pytest.approx(2.0, rel=0.01)
+    (row,) = [each for each in document["rules"] if each["rule"] == "coalition"]
+    assert (row["asked"], row["allowed"]) == ("1", "at least 2")
 
 
 def test_what_is_spent_already_counts(state: Path) -> None:
@@ -269,6 +302,9 @@ def test_flags_make_the_first_policy() -> None:
     public = first(allow_no_dp=True, share_metrics=True, size_class=7, data_set="d")
     assert (public.data_set, public.budget, public.size_class) == ("d", None, 7)
     assert (public.unprotected, public.evaluation) == (True, "exact")
+    assert first(budget=6.0).aggregation == ("plain", "secure")
+    sums = first(budget=6.0, aggregation=("secure", "secure-sum"))
+    assert sums.aggregation == ("secure", "secure-sum")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +316,7 @@ def test_flags_make_the_first_policy() -> None:
         ({"budget": 0.0}, "positive and finite"),
         ({"budget": 6.0, "delta": 0.0}, "above 0 and below 1"),
         ({"budget": 6.0, "size_class": 0}, "size_class: .*equal to 1, got 0"),
+        ({"budget": 6.0, "aggregation": ("sum",)}, "'plain', 'secure' or 'secure-sum', got 'sum'"),
     ],
 )
 def test_flags_that_make_no_policy_are_refused(flags: dict[str, object], says: str) -> None:
@@ -291,7 +328,10 @@ def test_flags_that_say_the_same_as_the_file_are_welcome(tmp_path: Path) -> None
     path = policy_path(tmp_path)
     made = first(budget=6.0, size_class=99, data_set="heart")
     add_policy(path, made)
-    for flags in ({}, {"budget": 6.0}, {"delta": DELTA, "size_class": 99}, {"data_set": "heart"}):
+    for flags in (
+        {}, {"budget": 6.0}, {"delta": DELTA, "size_class": 99}, {"data_set": "heart"},
+        {"aggregation": ("secure", "plain", "secure")},
+    ):  # fmt: skip
         assert Wanted(**flags).agreed(path, 120) == made  # type: ignore[arg-type]
 
 
@@ -304,6 +344,11 @@ def test_flags_that_say_the_same_as_the_file_are_welcome(tmp_path: Path) -> None
         ({"size_class": 7}, "--size-class 7 contradicts .* size_class = 99 .*edit the file"),
         ({"allow_no_dp": True}, "--allow-no-dp contradicts .* unprotected = false"),
         ({"share_metrics": True}, "--share-metrics contradicts .* evaluation = 'never'"),
+        (
+            {"aggregation": ("secure-sum", "secure")},
+            "--aggregation secure --aggregation secure-sum contradicts .* aggregation = "
+            r"\['plain', 'secure'\] .*edit the file",
+        ),
         ({"data_set": "other"}, r"no \[data_sets\.other\]"),
     ],
 )
