@@ -10,7 +10,9 @@
         step      SGD or Adam on the stacked parameters
 
 Sampling, clipping, noise, divisor and the order of random draws are those of the Opacus path, so
-that both give the same update up to rounding; tests hold them against each other.
+that both give the same update up to rounding; tests hold them against each other. Where the noise
+is in the sum of holders only, there is one step, which ends with the sum of each holder
+(:func:`gradient_sums`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.guarantees import Privacy
+from common.guarantees import DistributedPrivacy, Privacy
 from common.plan import TrainingPlan
 from common.privacy.step import clip_factors
 from common.tasks.base import Examples, Task
@@ -30,7 +32,7 @@ from simulations.optimizers import Adam, Optimizer, Sgd
 from simulations.randomness import Streams
 from simulations.stack import StackedModel
 
-__all__ = ["Block", "Terms", "predict", "train"]
+__all__ = ["Block", "Terms", "gradient_sums", "predict", "train"]
 
 LARGEST_PASS = 2**25
 """Numbers that one forward and backward pass may hold at once (128 MiB), roughly."""
@@ -96,7 +98,8 @@ class Terms:
     Holders may differ in everything but whether there is privacy, and which optimizer.
 
     Args:
-        private: whether gradients are clipped and noised.
+        private: whether gradients are clipped, and noised unless ``summed``.
+        summed: whether a sum of gradients is wanted and no update; noise is added to the sum.
         adam: whether the local optimizer is Adam.
         steps: k of each holder.
         rates: q of each holder.
@@ -105,10 +108,11 @@ class Terms:
         pull: FedProx's μ; None where it is 0 everywhere.
         clip_norm: C.
         noise: σ·C/B, standard deviation of the noise in the mean gradient.
-        share: 1/B, the public divisor.
+        share: 1/B, the public divisor; 1 where a sum is wanted.
     """
 
     private: bool
+    summed: bool
     adam: bool
     steps: tuple[int, ...]
     rates: Tensor
@@ -132,10 +136,15 @@ class Terms:
             return column(values) if any(values) else None
 
         first = plans[0]
-        divisors = [plan.divisor(size) for plan, size in zip(plans, size_classes, strict=True)]
+        summed = first.privacy.kind == "distributed"
+        divisors = [
+            1.0 if summed else plan.divisor(size)
+            for plan, size in zip(plans, size_classes, strict=True)
+        ]
         clip, sigma = zip(*(_clip_and_noise(plan) for plan in plans), strict=True)
         return cls(
-            private=first.privacy.kind == "dp",
+            private=summed or first.privacy.kind == "dp",
+            summed=summed,
             adam=first.optimizer == "adam",
             steps=tuple(plan.local_steps for plan in plans),
             rates=torch.tensor([plan.sampling_rate for plan in plans], dtype=torch.float64),
@@ -161,7 +170,9 @@ class Terms:
 
 
 def _clip_and_noise(plan: TrainingPlan) -> tuple[float, float]:
-    """C and σ; of a plan without privacy, numbers that nothing reads."""
+    """C and σ of a holder's step; of a plan without privacy, numbers that nothing reads."""
+    if isinstance(plan.privacy, DistributedPrivacy):
+        return plan.privacy.clip_norm, 0.0
     if not isinstance(plan.privacy, Privacy):
         return 1.0, 0.0
     event = plan.privacy.event(plan.sampling_rate, plan.local_steps)
@@ -209,6 +220,44 @@ def train(
             optimizer.step(parameters, gradients, sample.active)
         _step_private(model.task, private, moved, sample.active)
     return parameters - starts, private
+
+
+def gradient_sums(
+    model: StackedModel,
+    block: Block,
+    terms: Terms,
+    starts: Tensor,
+    private: Weights,
+    streams: Streams,
+    *,
+    a_unit: int = 64,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every holder's sum of clipped gradients where it starts: what ``Trainer.gradient_sum`` gives.
+
+    Without noise, so it is no release. Up to the rounding of float32: this is a simulation.
+
+    Args:
+        model: on the block's device.
+        block: the holders' training units.
+        terms: what their plans say, ``summed``.
+        starts: shared parameters that each begins with, [H, D]; may be expanded.
+        private: private parameters by name, each [H, ...].
+        streams: the holders' randomness.
+        a_unit: as in :func:`train`.
+
+    Returns:
+        The sums, [H, D], and the private parameters after a step of their own.
+    """
+    parameters = starts.contiguous()
+    private = {name: value.clone() for name, value in private.items()}
+    model.bind(parameters, private, training=True)
+    most = max(1, LARGEST_PASS // (len(block) * a_unit))
+    (sample,) = _samples(block, terms, streams)
+    batches = _batches(model.task, block, sample, streams, most)
+    sums = torch.zeros_like(parameters)
+    moved = _add_gradients(model, terms, sample, batches, sums)
+    _step_private(model.task, private, moved, sample.active)
+    return sums, private
 
 
 def predict(model: StackedModel, block: Block, parameters: Tensor, private: Weights) -> Tensor:

@@ -278,6 +278,11 @@ def claimed_privacy(plan: TrainingPlan) -> Privacy:
     Raises:
         ConfigurationError: nothing.
     """
+    if plan.privacy.kind == "distributed":
+        raise ConfigurationError(
+            "an audit attacks what one holder sends, and with aggregation 'secure-sum' only the "
+            "sum of many is private; audit it with aggregation 'plain' or 'secure'"
+        )
     if not isinstance(plan.privacy, Privacy):
         raise ConfigurationError(
             f"a plan with privacy of kind {plan.privacy.kind!r} claims nothing about a holder's "

@@ -26,8 +26,9 @@ from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
 from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
 from simulations.engines import ENGINES, engine_running, workers_for
-from simulations.faults import Faults, FaultyGrid, RoundFaults
+from simulations.faults import Byzantine, Faults, FaultyGrid, RoundFaults
 from simulations.grid import BatchedGrid, in_process
+from simulations.masked_faults import FaultyMaskedGrid
 from simulations.results import Metrics
 
 __all__ = [
@@ -77,6 +78,14 @@ class Experiment:
             raise ConfigurationError(
                 f"there is no engine {self.engine!r}; there are {', '.join(ENGINES)}"
             )
+        if self.byzantine is not None:
+            self.byzantine.check(self.task)
+            self.byzantine.check_seen(self.plan)
+
+    @property
+    def byzantine(self) -> Byzantine | None:
+        """Holders that lie; None if all are honest."""
+        return None if self.faults is None else self.faults.byzantine
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,9 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
             if experiment.folder is not None and number == 0:
                 folder = RunFolder.begin(experiment.folder, plan)
             report = partial(on_progress, "federation", seed)
-            disturb = _disturbance(experiment.faults, seed, happened)
-            runs.append(_train(experiment, plan, data, report, folder, disturb))
+            disturb = _disturbance(experiment, seed, happened)
+            trained_on = _poisoned(experiment, seed, tables, data)
+            runs.append(_train(experiment, plan, trained_on, report, folder, disturb))
             if experiment.baselines:
                 alone, together = _baselines(experiment, plan, tables, data, on_progress)
                 local.append(alone)
@@ -184,13 +194,42 @@ def _data_of(
     experiment: Experiment, seed: int
 ) -> tuple[Mapping[str, HolderTables], Mapping[str, HolderData]]:
     """Every holder's rows, split with ``seed``, and the same encoded; made when asked for."""
-    task, cohort = experiment.task, experiment.plan.cohort
+    task, keep = experiment.task, _kept(experiment)
     tables = task.source.tables(experiment.holders)
-    keep = None if cohort is None else COHORTS_KEPT * cohort
     split = OnDemand(
         list(tables), lambda name: task.split(tables[name], holder=name, seed=seed), keep
     )
     return split, OnDemand(list(tables), lambda name: task.prepare(split[name]), keep)
+
+
+def _kept(experiment: Experiment) -> int | None:
+    """How many holders' data to keep; None for everybody's."""
+    cohort = experiment.plan.cohort
+    return None if cohort is None else COHORTS_KEPT * cohort
+
+
+def _poisoned(
+    experiment: Experiment,
+    seed: int,
+    tables: Mapping[str, HolderTables],
+    data: Mapping[str, HolderData],
+) -> Mapping[str, HolderData]:
+    """The data as the federation trains on them, malicious holders' rows poisoned.
+
+    Rows are poisoned before they are encoded, so it is the same for every task and engine.
+    """
+    byzantine = experiment.byzantine
+    if byzantine is None or not byzantine.poisons:
+        return data
+    liars = byzantine.malicious(data, seed)
+
+    def prepared(name: str) -> HolderData:
+        if name not in liars:
+            return data[name]
+        task = experiment.task
+        return task.prepare(byzantine.poisoned(tables[name], task.schema))
+
+    return OnDemand(list(data), prepared, _kept(experiment))
 
 
 def seeded_combination(plan: TrainingPlan) -> Combination:
@@ -207,11 +246,14 @@ def _as_it_is(grid: BaseGrid) -> BaseGrid:
     return grid
 
 
-def _disturbance(faults: Faults | None, seed: int, happened: list[RoundFaults]) -> Disturb:
-    """What puts ``faults`` into a run; what they did is appended to ``happened``."""
+def _disturbance(experiment: Experiment, seed: int, happened: list[RoundFaults]) -> Disturb:
+    """What puts the faults into a run; what they did is appended to ``happened``."""
+    faults = experiment.faults
     if faults is None:
         return _as_it_is
-    return lambda grid: FaultyGrid(grid, faults, seed, happened)
+    plain = experiment.plan.aggregation.kind == "plain"
+    kind = FaultyGrid if plain else FaultyMaskedGrid
+    return lambda grid: kind(grid, faults, seed, happened)
 
 
 def _train(

@@ -1,5 +1,8 @@
 """Holders that stay silent, come late or lie: a Grid around a simulation's Grid.
 
+A lie is told with the update, which the Grid forges, or with the rows that it is computed from,
+which the experiment poisons before anything is trained; both are entries of :data:`ATTACKS`.
+
 Who fails in a round is decided by the plan's seed, the round and the holder's name alone, so it is
 the same for every engine, whoever else is asked, and after a restart. Time is simulated: nobody
 sleeps. Only training is disturbed; an evaluation reaches everybody.
@@ -15,14 +18,34 @@ from difflib import get_close_matches
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from flwr.app import Message, MessageType
 
+from common.data.schema import Schema
 from common.errors import ConfigurationError, WireError
 from common.flower import BaseGrid, Run
-from common.tasks.base import derived_seed, generator
+from common.plan import TrainingPlan
+from common.secagg.wire import STEPS, message_type_of
+from common.tasks.base import HolderTables, Task, derived_seed, generator
 from common.wire import RoundRequest, TrainReply
 
-__all__ = ["ATTACKS", "Attack", "Byzantine", "Faults", "FaultyGrid", "RoundFaults", "Straggle"]
+__all__ = [
+    "ATTACKS",
+    "EXCHANGES",
+    "Attack",
+    "Byzantine",
+    "Faults",
+    "FaultyGrid",
+    "RoundFaults",
+    "Straggle",
+]
+
+EXCHANGES = (
+    *map(message_type_of, STEPS[:2]),
+    MessageType.TRAIN,
+    *map(message_type_of, STEPS[2:]),
+)
+"""Message types of a masked round's exchanges, in order."""
 
 Updates = npt.NDArray[np.float32]
 """One flat update a row: [M, D]."""
@@ -39,11 +62,13 @@ class Honest:
         updates: their honest updates, [M, D].
         strength: of the attack.
         draws: a generator for each, of its own.
+        longest: L2 norm above which the coordinator rejects an update; public, like the plan.
     """
 
     updates: Updates
     strength: float
     draws: Sequence[np.random.Generator]
+    longest: float
 
 
 @dataclass(frozen=True)
@@ -54,11 +79,14 @@ class Attack:
         forge: what is sent instead of the honest updates, [M, D].
         strength: unless a user sets it; None if the attack has none.
         source: who described it.
+        poison: what a malicious holder trains on instead of its own rows, from these and their
+            schema; None if it trains honestly.
     """
 
     forge: Callable[[Honest], npt.NDArray[np.floating]]
     strength: float | None = None
     source: str = ""
+    poison: Callable[[pd.DataFrame, Schema], pd.DataFrame] | None = None
 
 
 def _noise(honest: Honest) -> npt.NDArray[np.floating]:
@@ -79,6 +107,27 @@ def _little(honest: Honest) -> npt.NDArray[np.floating]:
     return np.broadcast_to(mean - honest.strength * deviation, honest.updates.shape)
 
 
+SHORT = 1e-3
+"""By so much less than the bound a forged update stays, so that rounding cannot take it past."""
+
+
+def _longest(honest: Honest) -> npt.NDArray[np.floating]:
+    """Against the honest update, as far as the coordinator lets anybody go."""
+    updates = honest.updates.astype(np.float64)
+    norms = np.maximum(np.linalg.norm(updates, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    forged: npt.NDArray[np.float64] = -(1 - SHORT) * honest.longest * (updates / norms)
+    return forged
+
+
+def _flipped(rows: pd.DataFrame, schema: Schema) -> pd.DataFrame:
+    """The same rows, each with the other label."""
+    column = schema.label
+    assert column is not None, "Byzantine.check refuses tasks without a label"
+    cells, (one, other) = rows[column.name], column.categories
+    flipped = cells.map({one: other, other: one}).astype(cells.dtype)
+    return rows.assign(**{column.name: flipped})
+
+
 ATTACKS: Mapping[str, Attack] = {
     "sign-flip": Attack(lambda honest: -honest.updates, source="Li et al. 2019 (RSA)"),
     "scale": Attack(
@@ -91,6 +140,10 @@ ATTACKS: Mapping[str, Attack] = {
     ),
     # 1.5 is what the authors' own program takes (moranant/attacking_distributed_learning).
     "little": Attack(_little, 1.5, "Baruch et al. 2019"),
+    "longest": Attack(_longest, source="Sun et al. 2019, an attacker that knows the bound"),
+    "label-flip": Attack(
+        lambda honest: honest.updates, source="Tolpegin et al. 2020", poison=_flipped
+    ),
 }
 """Name → what a malicious holder does."""
 
@@ -196,11 +249,65 @@ class Byzantine:
         count = math.floor(self.share * len(everyone) + 0.5)
         return frozenset(random.Random(derived_seed("byzantine", seed)).sample(everyone, count))
 
-    def forged(self, updates: Updates, draws: Sequence[np.random.Generator]) -> Updates:
-        """What is sent instead of honest ``updates``: [M, D]."""
+    def forged(
+        self, updates: Updates, draws: Sequence[np.random.Generator], longest: float
+    ) -> Updates:
+        """What is sent instead of honest ``updates``: [M, D].
+
+        Args:
+            updates: [M, D].
+            draws: a generator for each.
+            longest: L2 norm that the coordinator accepts.
+        """
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is rejected
             forge = ATTACKS[self.attack].forge
-            return forge(Honest(updates, self.strength or 0.0, draws)).astype(np.float32)
+            return forge(Honest(updates, self.strength or 0.0, draws, longest)).astype(np.float32)
+
+    @property
+    def poisons(self) -> bool:
+        """Whether the lie is in the rows that malicious holders train on."""
+        return ATTACKS[self.attack].poison is not None
+
+    def check(self, task: Task) -> None:
+        """Refuse a task that has nothing for the attack to poison.
+
+        Raises:
+            ConfigurationError: says what the attack needs.
+        """
+        column = task.schema.label
+        if not self.poisons or (column is not None and len(column.categories) == 2):
+            return
+        found = "no label" if column is None else f"one of {len(column.categories)} values"
+        others = ", ".join(name for name, kind in ATTACKS.items() if kind.poison is None)
+        raise ConfigurationError(
+            f"byzantine: attack {self.attack!r} needs a task whose label has two values, and "
+            f"{task.name!r} has {found}; attacks that work on every task are {others}"
+        )
+
+    def check_seen(self, plan: TrainingPlan) -> None:
+        """Refuse a plan under which nobody sees an update that could be a lie.
+
+        Raises:
+            ConfigurationError: says which attacks there are.
+        """
+        if plan.aggregation.kind == "plain" or self.poisons:
+            return
+        poisoning = ", ".join(name for name, kind in ATTACKS.items() if kind.poison is not None)
+        raise ConfigurationError(
+            f"byzantine: attack {self.attack!r} forges updates, and under aggregation "
+            f"{plan.aggregation.kind!r} they are masked, so that nobody could tell a forged one or "
+            f"bound what it does to the sum; attacks on a holder's own rows work: {poisoning}"
+        )
+
+    def poisoned(self, tables: HolderTables, schema: Schema) -> HolderTables:
+        """A malicious holder's rows: those that it trains on are poisoned, held-out ones are true.
+
+        Args:
+            tables: its own, split.
+            schema: of the tables.
+        """
+        poison = ATTACKS[self.attack].poison
+        return tables if poison is None else replace(tables, train=poison(tables.train, schema))
 
 
 @dataclass(frozen=True)
@@ -222,6 +329,23 @@ class Faults:
 
     def __post_init__(self) -> None:
         _require_share("dropout", "probability", self.dropout)
+
+    def silent(self, *who: object) -> bool:
+        """Whether the holder and round that ``who`` names stay without an answer."""
+        return _uniform("dropout", *who) < self.dropout
+
+    def leaves(self, *who: object) -> int:
+        """At which exchange of a masked round a silent holder falls silent, any with one chance.
+
+        Returns:
+            A place in :data:`EXCHANGES`; their number if it stays to the end.
+        """
+        number = len(EXCHANGES)
+        return math.floor(_uniform("exchange", *who) * number) if self.silent(*who) else number
+
+    def delay(self, *who: object) -> float:
+        """Extra seconds of the answer that ``who`` names."""
+        return self.straggle.delay(*who) if self.straggle else 0.0
 
     @classmethod
     def parsed(
@@ -268,7 +392,7 @@ class RoundFaults:
     Args:
         dropped: holders that stayed silent.
         late: holders that worked, and whose answers came after the deadline.
-        attacked: updates that were forged, and came in time.
+        attacked: updates of malicious holders that came in time.
         waited: simulated seconds until the last answer that came in time.
     """
 
@@ -345,6 +469,16 @@ class FaultyGrid(BaseGrid):
         """The other Grid's."""
         return self._grid.patience
 
+    @property
+    def sums_unseen(self) -> bool:
+        """Whether the other Grid does."""
+        return self._grid.sums_unseen
+
+    @property
+    def complete(self) -> bool:
+        """Whether the other Grid is: who is silent is there all the same."""
+        return self._grid.complete
+
     def answered_by(self, reply: Message) -> Sequence[int]:
         """The holders that a reply speaks for."""
         return self._grid.answered_by(reply)
@@ -385,9 +519,9 @@ class FaultyGrid(BaseGrid):
         for message in messages:
             name = self.holder_name(message.metadata.dst_node_id)
             who = (self._seed, number, name)
-            if _uniform("dropout", *who) < faults.dropout:
+            if faults.silent(*who):
                 continue
-            delay = faults.straggle.delay(*who) if faults.straggle else 0.0
+            delay = faults.delay(*who)
             if timeout is not None and delay > timeout:
                 cast.late.append(message)
                 continue
@@ -406,7 +540,9 @@ class FaultyGrid(BaseGrid):
             return 0
         names = [self.holder_name(reply.metadata.src_node_id) for reply, _ in honest]
         draws = [generator("attack", self._seed, request.round, name) for name in names]
-        forged = byzantine.forged(np.stack([own.update for _, own in honest]), draws)
+        updates = np.stack([own.update for _, own in honest])
+        longest = request.plan.largest_update_norm(updates.shape[1], request.clip_norm)
+        forged = byzantine.forged(updates, draws, longest)
         for (reply, own), update in zip(honest, forged, strict=True):
             reply.content = replace(own, update=update).records()
         return len(honest)

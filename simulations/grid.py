@@ -19,6 +19,7 @@ from torch import Tensor
 from client.app import build_app
 from client.holder import Holder
 from client.requests import Request
+from client.secure import Participant
 from client.state import HolderState
 from common.errors import Refusal
 from common.flower import BaseGrid, stamp
@@ -31,6 +32,7 @@ from simulations.jobs import Assignment, Cut, Figures, Job, Private, Total, jobs
 from simulations.policy import simulated_policy
 from simulations.randomness import evaluation_randomness
 from simulations.sums import ExactSum
+from simulations.unseen import lost, mean_of
 from simulations.workers import Workers
 
 __all__ = ["BatchedGrid", "InProcessGrid", "in_process", "simulated_holder"]
@@ -86,12 +88,19 @@ class InProcessGrid(BaseGrid):
 
     def __init__(self, holders: Mapping[str, Holder], run_id: int = 1) -> None:
         super().__init__(run_id)
+        self.holders = holders
         self._names = dict(enumerate(holders, start=2))
-        self._app = build_app(lambda context: holders[str(context.node_config["holder"])])
+        participants = {name: Participant.unsigned(holder) for name, holder in holders.items()}
+        self._app = build_app(lambda context: participants[str(context.node_config["holder"])])
         self._contexts = {
             node: Context(run_id, node, {"holder": name}, RecordDict(), {})
             for node, name in self._names.items()
         }
+
+    @property
+    def complete(self) -> bool:
+        """Every holder is always there."""
+        return True
 
     def get_node_ids(self) -> list[int]:
         """Every holder is always there."""
@@ -120,6 +129,9 @@ class BatchedGrid(BaseGrid):
     their updates. A robust one gets every update. An update that the plan does not allow comes by
     itself, so that the round loop can reject it.
 
+    Under masked aggregation that one reply is all there is. The masks themselves, which cancel in
+    it, are not computed (:mod:`simulations.unseen`).
+
     Args:
         names: of the holders; node ids follow their order.
         workers: compute the blocks; closed with the Grid.
@@ -134,6 +146,11 @@ class BatchedGrid(BaseGrid):
         # Held as long as the reply itself, so that a round may be asked in several parts.
         self._speaks_for: WeakKeyDictionary[Message, Sequence[int]] = WeakKeyDictionary()
 
+    @property
+    def complete(self) -> bool:
+        """Every holder is always there."""
+        return True
+
     def get_node_ids(self) -> list[int]:
         """Every holder is always there."""
         return list(range(2, 2 + len(self._names)))
@@ -141,6 +158,11 @@ class BatchedGrid(BaseGrid):
     def holder_name(self, node_id: int) -> str:
         """The holder's own name."""
         return self._names[node_id - 2]
+
+    @property
+    def sums_unseen(self) -> bool:
+        """Yes: what masks would leave of a round, without computing them."""
+        return True
 
     def answered_by(self, reply: Message) -> Sequence[int]:
         """The holders whose updates a reply is the mean of."""
@@ -156,7 +178,7 @@ class BatchedGrid(BaseGrid):
     def individually(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Everyone answers, each for itself."""
+        """Everyone answers, each for itself; only under masks there is no such answer."""
         del timeout
         return self._answers(list(messages), individually=True)
 
@@ -178,7 +200,8 @@ class BatchedGrid(BaseGrid):
         if messages[0].metadata.message_type == MessageType.EVALUATE:
             return self._evaluate(messages, request, assignments)
         linear = STRATEGIES[request.plan.strategy.name].linear
-        return self._train(messages, request, assignments, individually or not linear)
+        summed = request.plan.aggregation.kind != "plain" or (linear and not individually)
+        return self._train(messages, request, assignments, individually=not summed)
 
     def _jobs(
         self, request: RoundRequest, assignments: Sequence[Assignment], individually: bool
@@ -206,6 +229,7 @@ class BatchedGrid(BaseGrid):
         messages: Sequence[Message],
         request: RoundRequest,
         assignments: Sequence[Assignment],
+        *,
         individually: bool,
     ) -> list[Message]:
         jobs = self._jobs(request, assignments, individually)
@@ -231,9 +255,13 @@ class BatchedGrid(BaseGrid):
             for total in outcome.totals.values():
                 together.merge(total)
             first += len(job.assignments)
-        if summed:
+        masked = request.plan.aggregation.kind != "plain"
+        if masked and len(summed) < request.plan.min_holders:
+            replies += lost(summed, request.plan.min_holders)
+        elif summed:
             within = None if request.clip_norm is None else together.within
-            reply = _reply(summed[0], together.mean(), float(together.weight), within)
+            update = mean_of(request.plan, together)
+            reply = _reply(summed[0], update, float(together.weight), within)
             self._speaks_for[reply] = [message.metadata.dst_node_id for message in summed]
             replies.append(reply)
         return replies

@@ -25,6 +25,7 @@ from server.checkpoints import RunState
 from server.rounds import cohort_of, result_of
 from simulations.jobs import Assignment, Cut, Job, Outcome, Private, Totals, gather, jobs_of
 from simulations.results import Metrics
+from simulations.unseen import mean_of
 from simulations.workers import Workers
 
 __all__ = ["Member", "Result", "Run", "Stack", "stacks_of"]
@@ -249,7 +250,7 @@ class Stack:
                 self._failed[point] = why
         first = 0
         for lane in self._lanes:
-            points = range(first, first + len(lane.runs))
+            points = {first + place: run.plan for place, run in enumerate(lane.runs)}
             first += len(lane.runs)
             if any(point not in self._failed for point in points):
                 lane.advance(number, gathered.replies(points, self._failed, self._linear))
@@ -301,14 +302,24 @@ class _Gathered:
         )
 
     def replies(
-        self, points: Sequence[int], failed: Mapping[int, str], linear: bool
+        self, points: Mapping[int, TrainingPlan], failed: Mapping[int, str], linear: bool
     ) -> list[TrainReply]:
-        """What a lane's strategy gets: one mean of each run end to end, or every update."""
+        """What a lane's strategy gets: one mean of each run end to end, or every update.
+
+        Args:
+            points: of the lane's runs, in order, with their plans.
+            failed: points of runs that have ended.
+            linear: whether the strategy needs only means.
+        """
         if not linear:
-            return self._singles[points[0]]
-        still = torch.zeros(self._parameters.shape[1], dtype=torch.float64)
-        means = [still if point in failed else self._totals[point].mean() for point in points]
-        return [TrainReply(torch.cat(means).float().numpy(), 1.0)]
+            (point,) = points
+            return self._singles[point]
+        still = torch.zeros(self._parameters.shape[1])
+        means = [
+            still if point in failed else mean_of(plan, self._totals[point])
+            for point, plan in points.items()
+        ]
+        return [TrainReply(torch.cat(means).numpy(), 1.0)]
 
 
 def stacks_of(task: Task, runs: Sequence[Run]) -> Iterator[Stack]:
@@ -335,5 +346,6 @@ def _coordinator(plan: TrainingPlan) -> object:
         plan.average_from,
         plan.strategy.model_dump_json(),
         plan.privacy.kind,
+        plan.aggregation.kind,
         plan.optimizer,
     )

@@ -51,7 +51,7 @@ def price_of(plan: TrainingPlan) -> Budget | None:
         None for a plan without privacy.
     """
     privacy = plan.privacy
-    if privacy.kind != "dp":
+    if privacy.kind not in ("dp", "distributed"):
         return None
     total = privacy.epsilon
     if plan.evaluation.kind == "histogram":

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.guarantees import CentralPrivacy, NonPrivate, Privacy
+from common.aggregation import Masked
+from common.guarantees import CentralPrivacy, DistributedPrivacy, NonPrivate, Privacy
 from common.plan import TrainingPlan
+from common.privacy.distributed import against_coalitions
 from server.rounds import RoundSummary
 from server.runs import RunResult
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # it needs Opacus, which a coordinator that writes a document
 
 __all__ = [
     "Metrics",
+    "aggregation_document",
     "document",
     "mean_over_holders",
     "privacy_document",
@@ -55,6 +58,7 @@ def document(result: ExperimentResult) -> dict[str, Any]:
             experiment.seeds,
             experiment.engine,
         ),
+        **_lost_document(result.runs),
         "metrics": summarise(result.finals),
         **_evaluation_document([run.final for run in result.runs]),
         **baselines,
@@ -87,12 +91,14 @@ def sweep_document(
         "seeds": list(sweep.seeds),
         "swept": {name: [_json(each) for each in values] for name, values in sweep.swept.items()},
         "headline": sweep.task.headline,
-        "points": [_point(result, place, setting) for place, setting in enumerate(sweep.settings)],
+        "points": [
+            _point(result, place, setting, engine) for place, setting in enumerate(sweep.settings)
+        ],
         "seconds": {"total": round(result.seconds, 3)},
     }
 
 
-def _point(result: SweepResult, place: int, setting: Setting) -> dict[str, Any]:
+def _point(result: SweepResult, place: int, setting: Setting, engine: str) -> dict[str, Any]:
     kinds = ("federation", "local", "pooled") if result.sweep.baselines else ("federation",)
     runs = {kind: result.of(place, kind) for kind in kinds}
     summaries = {kind: summarise([_judged(run) for run in own]) for kind, own in runs.items()}
@@ -102,6 +108,7 @@ def _point(result: SweepResult, place: int, setting: Setting) -> dict[str, Any]:
         "rounds": setting.plan.rounds,
         "strategy": setting.plan.strategy.name,
         "privacy": privacy_document(setting.plan.privacy),
+        "aggregation": aggregation_document(setting.plan, engine),
         "metrics": metrics,
         **({"baselines": summaries} if summaries else {}),
         "failed": [
@@ -133,6 +140,7 @@ def run_document(result: RunResult, device: str) -> dict[str, Any]:
         **_about(
             result.plan, len(result.final.accepted), device, [result.plan.seed], engine="opacus"
         ),
+        **_lost_document([result]),
         "metrics": summarise([shared]) if shared else {},
         **_evaluation_document([result.final]),
         "seconds": {
@@ -156,6 +164,7 @@ def _about(
         "strategy": plan.strategy.name,
         "seeds": list(seeds),
         "privacy": privacy_document(plan.privacy),
+        "aggregation": aggregation_document(plan, engine),
         **_price_document(plan),
     }
 
@@ -188,11 +197,60 @@ def _evaluation_document(finals: Sequence[RoundSummary]) -> dict[str, Any]:
     return {"evaluation": estimates}
 
 
-def privacy_document(privacy: Privacy | NonPrivate | CentralPrivacy) -> dict[str, Any]:
+def privacy_document(
+    privacy: Privacy | DistributedPrivacy | NonPrivate | CentralPrivacy,
+) -> dict[str, Any]:
     """The guarantee's figures; null where there is none."""
     fields = ("epsilon", "delta", "unit", "adversary", "noise_multiplier", "clip_norm")
     figures = {field: getattr(privacy, field, None) for field in fields}
     return {"kind": privacy.kind, **figures}
+
+
+MOST_COALITIONS = 12
+"""Sizes of a coalition for which ε is given, at most."""
+
+
+def aggregation_document(plan: TrainingPlan, engine: str) -> dict[str, Any]:
+    """What the coordinator gets to see of a round, and how sums are masked if they are.
+
+    Args:
+        plan: calibrated.
+        engine: that computed the run; only ``opacus`` goes through the whole protocol.
+    """
+    aggregation = plan.aggregation
+    if not isinstance(aggregation, Masked):
+        return {"kind": aggregation.kind}
+    encoding, session = aggregation.encoding(plan), aggregation.session(plan, "run", 1)
+    about = {
+        "kind": aggregation.kind,
+        "cohort": session.cohort,
+        "threshold": session.threshold,
+        "tolerated_dropouts": session.cohort - session.threshold,
+        "tolerated_helpers": aggregation.tolerated_helpers(plan),
+        "neighbours": aggregation.neighbours,
+        "ring_bits": encoding.width,
+        "bytes_per_parameter": encoding.width // 8,
+        "masks_computed": engine == "opacus",
+    }
+    if aggregation.kind != "secure-sum":
+        return about
+    found = against_coalitions(plan)
+    shown = {round(place) for place in np.linspace(0, len(found) - 1, MOST_COALITIONS)}
+    coalitions = [asdict(each) for place, each in enumerate(found) if place in shown]
+    return {**about, "coalition": aggregation.coalition, "coalitions": coalitions}
+
+
+def _lost_document(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """Rounds of which nothing came, where masked sums have a threshold."""
+    if runs[0].plan.aggregation.kind == "plain":
+        return {}
+    lost = [
+        {"seed": run.plan.seed, "round": summary.round, "why": summary.lost}
+        for run in runs
+        for summary in run.history
+        if summary.lost
+    ]
+    return {"lost_rounds": lost}
 
 
 def _faults_document(faults: Faults, happened: Sequence[RoundFaults]) -> dict[str, Any]:

@@ -86,7 +86,8 @@ class Sweep:
         """Every combination of the settings that are lists, the first one varying slowest.
 
         What is not set is what the task recommends at that ε. Everyone who is asked must answer,
-        unless ``min_holders`` says otherwise, and models are judged when they are finished.
+        unless ``min_holders`` says otherwise or a masked sum has its own threshold, and models are
+        judged when they are finished.
 
         Args:
             task: on its source.
@@ -143,7 +144,7 @@ def _plan(task: Task, chosen: Mapping[str, Any], holders: int | None, count: int
     settings = dict(chosen)
     if settings.get("epsilon") == math.inf:
         settings |= {"epsilon": None, "no_dp": True}
-    if settings.get("min_holders") is None:
+    if settings.get("min_holders") is None and settings.get("aggregation", "plain") == "plain":
         settings["min_holders"] = min(count, settings.get("cohort") or count)
     plan = plan_for(task, settings, holders=holders)
     if plan.privacy.kind == "central":

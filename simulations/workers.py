@@ -17,13 +17,13 @@ from torch import Tensor
 from common.errors import SottoError
 from common.plan import TrainingPlan
 from common.privacy.discrete_noise import discrete_gaussian
-from common.privacy.noise import simulation_key
+from common.privacy.noise import SeededRandomness, simulation_key
 from common.privacy.step import clipped_updates
 from common.tasks.base import Examples, HolderData, Task, derived_seed
 from common.tasks.parameters import private_of
 from common.tasks.scaling import scaled
 from common.tasks.separation import require_separate_units
-from simulations.batched import Block, Terms, predict, train
+from simulations.batched import Block, Terms, gradient_sums, predict, train
 from simulations.jobs import (
     FEWEST,
     USUAL,
@@ -43,6 +43,7 @@ from simulations.policy import simulated_policy, simulated_refusal
 from simulations.randomness import block_randomness, evaluation_randomness
 from simulations.stack import StackedModel
 from simulations.sums import ExactSum
+from simulations.unseen import part_of
 
 __all__ = ["BlockTrainer", "InProcess", "Workers"]
 
@@ -220,17 +221,22 @@ class BlockTrainer:
             simulation_key("simulation", one.plan.seed, one.holder, job.number) for one in chosen
         ]
         own = self._private(job, part)
+        terms = Terms.of([one.plan for one in chosen], classes, self._device)
+        work = gradient_sums if terms.summed else train
         with _seeded(keys[0], self._device):
-            updates, private = train(
+            moved, private = work(
                 self._model,
                 block,
-                Terms.of([one.plan for one in chosen], classes, self._device),
+                terms,
                 self._starts(job, part),
                 _stacked(own, self._device),
                 block_randomness(keys, self._device),
                 a_unit=job.a_unit,
             )
-        self._sum(job, part, updates, classes, outcome)
+        if chosen[0].plan.aggregation.kind == "plain":
+            self._sum(job, part, moved, classes, outcome)
+        else:
+            self._sum_unseen(job, part, moved, classes, keys, outcome)
         if private:
             outcome.private.update(zip(part, _cut(private, own), strict=True))
 
@@ -325,6 +331,36 @@ class BlockTrainer:
             outcome.weights[part[row]] = weights[row]
             if inside:
                 outcome.within[part[row]] = inside[row]
+
+    def _sum_unseen(
+        self,
+        job: Job,
+        part: Sequence[int],
+        moved: Tensor,
+        classes: Sequence[int],
+        keys: Sequence[bytes],
+        outcome: Outcome,
+    ) -> None:
+        """Put what holders would mask into the totals: all of it, as nobody sees a single one.
+
+        Args:
+            job: to do.
+            part: positions of H assignments.
+            moved: their updates, or their sums of gradients: [H, D].
+            classes: the size that each declares.
+            keys: of their randomness.
+            outcome: to write to.
+
+        Raises:
+            OutOfRange: one of them cannot be masked.
+        """
+        totals: Totals = {}
+        for row, position in enumerate(part):
+            one, randomness = job.assignments[position], SeededRandomness.of_key(keys[row])
+            weight = one.plan.weight(classes[row])
+            total = totals.setdefault(one.point, Total(ExactSum(self.dimension)))
+            total.add(part_of(one.plan, moved[row], weight, randomness), weight)
+        gather(outcome.totals, totals)
 
     def _block(self, job: Job, part: Sequence[int], half: str) -> Block:
         """The units of some assignments, side by side; holders that share data share its rows."""

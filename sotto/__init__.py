@@ -14,8 +14,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from common.aggregation import Plain, Secure, SecureSum
     from common.errors import SottoError
-    from common.guarantees import CentralPrivacy, NonPrivate, Privacy
+    from common.guarantees import CentralPrivacy, DistributedPrivacy, NonPrivate, Privacy
     from common.plan import TrainingPlan
     from common.settings import plan_for
     from common.tasks import Examples, Source, Task, load
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 __all__ = [
     "Audit",
     "CentralPrivacy",
+    "DistributedPrivacy",
     "Examples",
     "Experiment",
     "ExperimentResult",
     "NonPrivate",
+    "Plain",
     "Privacy",
+    "Secure",
+    "SecureSum",
     "Setting",
     "SottoError",
     "Source",
@@ -52,6 +57,10 @@ __all__ = [
 
 _OWNERS = {
     "CentralPrivacy": "common.guarantees",
+    "DistributedPrivacy": "common.guarantees",
+    "Plain": "common.aggregation",
+    "Secure": "common.aggregation",
+    "SecureSum": "common.aggregation",
     "Tuning": "simulations.tuning",
     "audited": "simulations.audit",
     "Audit": "simulations.audit",

@@ -19,6 +19,9 @@ __all__ = ["main"]
 # neither on Sotto's behalf.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+# gRPC writes a line for every stranger that does not get through TLS, as fast as they come. What
+# matters is in our own log, which is rationed. gRPC reads this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 EXIT_USAGE, EXIT_RUN_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 
@@ -55,7 +58,7 @@ def _application() -> typer.Typer:
     app.command()(serve)
     app.command()(join)
     app.command()(tasks)
-    app.add_typer(keys, name="keys", help="Certificates: request, approve, install, list.")
+    app.add_typer(keys, name="keys", help="Certificates: request, approve, rotate, revoke, list.")
     app.add_typer(policy, name="policy", help="What a holder allows: init, show, check a plan.")
     app.add_typer(ledger, name="ledger", help="A holder's account: show, verify, export, budgets.")
     app.add_typer(data, name="data", help="Data sets: list, get, check a file of your own.")

@@ -48,7 +48,10 @@ def demo(
     screen = Screen(settings.output)
     loaded = load(task, settings.source, settings.preprocessing)
     names = list(loaded.source.tables(settings.holders))
-    plan = plan_for(loaded, {"min_holders": len(names), **settings.plan}, holders=settings.holders)
+    asked = settings.plan
+    if "dropouts" not in asked:  # which says how many of them a masked sum needs
+        asked = {"min_holders": len(names), **asked}
+    plan = plan_for(loaded, asked, holders=settings.holders)
     if plan.privacy.kind == "central":
         raise ConfigurationError(
             "a demo compares the federation with each holder alone, and where holders are the unit "
@@ -163,6 +166,8 @@ def _write_policies(federation: _Federation) -> None:
         min_cohort=terms.min_holders,
         evaluation="histogram" if terms.evaluation == "histogram" else "never",
         unprotected=not terms.private,
+        aggregation=(federation.plan.aggregation.kind,),
+        coalition=terms.coalition or 0,
         tasks=(terms.task,),
     )
     for name in federation.names:
@@ -185,7 +190,7 @@ def _settings_toml(federation: _Federation) -> str:
         "source": federation.task.source.name,
         "preprocessing": federation.task.preprocessing,
         "holders": federation.settings.holders,
-        "min_holders": len(federation.names),
+        "min_holders": federation.plan.min_holders,
         **federation.settings.plan,
     }
     return tomli_w.dumps({key: value for key, value in chosen.items() if value is not None})

@@ -18,6 +18,8 @@ from sotto.ledger_report import (
     account_document,
     costs_of,
     export_entries,
+    owner_document,
+    owner_sentence,
     show_account,
     verdict,
 )
@@ -73,14 +75,18 @@ def show(
     json: _Json = None,
 ) -> None:
     """Show what was released about each data set, ε spent and left, and what a plan would cost."""
-    from common.privacy.statement import statement
+    from common.privacy.statement import owners, statement
 
     output = Output(json=json)
     screen = Screen(output)
     plans = {str(path): read_plan(path) for path in plan or ()}
     budgets = _Budgets(_budgets_of(state, policy), budget, delta)
-    document: dict[str, Any] = {"data_sets": []}
+    document: dict[str, Any] = {"holder": [], "data_sets": []}
     with _opened(state, anchor) as ledger:
+        known = owners(ledger)
+        document["holder"] = [owner_document(entry) for entry in known]
+        for entry in known[-1:]:
+            screen.say(f"{owner_sentence(entry)}.")
         names = data_set or sorted({*ledger.data_sets(), *budgets.policy})
         for name in names:
             limit = budgets.of(name, ledger)
@@ -97,7 +103,7 @@ def show(
 def verify(state: _State, anchor: _Anchors = None) -> None:
     """Recompute the chain of digests, the heads, and every ε from the entries."""
     from common.errors import StateError
-    from common.privacy.statement import last_budget, passed_budgets, statement
+    from common.privacy.statement import last_budget, owners, passed_budgets, statement
 
     screen = Screen(Output())
     passed = []
@@ -107,6 +113,8 @@ def verify(state: _State, anchor: _Anchors = None) -> None:
             f"{state / 'ledger.sqlite'}: {len(ledger.entries())} entries, each digest follows from "
             "the one before"
         )
+        for entry in owners(ledger):
+            screen.say(owner_sentence(entry))
         for path, head in ledger.heads():
             screen.say(f"{path}: knows of entry {head.number if head else 0}, as the ledger does")
         for name in ledger.data_sets():

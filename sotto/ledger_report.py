@@ -22,6 +22,8 @@ __all__ = [
     "account_document",
     "costs_of",
     "export_entries",
+    "owner_document",
+    "owner_sentence",
     "show_account",
     "verdict",
 ]
@@ -45,7 +47,7 @@ def costs_of(
 
     costs = {}
     for name, plan in plans.items():
-        own = plan.privacy.delta if plan.privacy.kind == "dp" else None
+        own = plan.privacy.delta if plan.privacy.kind in ("dp", "distributed") else None
         delta = account.delta or own
         if delta is not None:
             planned = plan.composition()
@@ -117,6 +119,15 @@ def _fits(planned: Cost) -> str:
     return {True: ", which fits", False: ", which does not fit", None: ""}[planned.fits]
 
 
+def owner_sentence(entry: Entry) -> str:
+    """Whose the ledger is since an entry, and which keys it shows."""
+    assert entry.remark is not None  # as in every such entry
+    return (
+        f"holder {entry.remark.by!r}: {entry.remark.sentence}; since entry {entry.number}, "
+        f"{entry.time[:16]}"
+    )
+
+
 def verdict(account: Statement) -> str:
     """A data set's account in one line, as ``verify`` says it."""
     what = sum(line.releases for line in account.lines)
@@ -164,6 +175,17 @@ def account_document(account: Statement, costs: Mapping[str, Cost]) -> dict[str,
             {"plan": name, "epsilon": _finite(planned.epsilon), "fits": planned.fits}
             for name, planned in costs.items()
         ],
+    }
+
+
+def owner_document(entry: Entry) -> dict[str, Any]:
+    """Who the holder is since an entry, as JSON."""
+    assert entry.remark is not None  # as in every such entry
+    return {
+        "number": entry.number,
+        "time": entry.time,
+        "name": entry.remark.by,
+        "sentence": entry.remark.sentence,
     }
 
 

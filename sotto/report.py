@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.guarantees import Privacy
+from common.guarantees import DistributedPrivacy, Privacy
 from common.plan import TrainingPlan
 from common.privacy.accounting import epsilon
 from common.privacy.events import Composition
@@ -23,6 +23,15 @@ from server.runs import RunResult
 from simulations.results import mean_over_holders
 from sotto.page import ACCENT, INK, MUTED, page, svg, table, tidy
 from sotto.show import evaluation_note, evaluation_rows, figure, guarantee
+from sotto.sums import (
+    aggregation_rows,
+    coalition_note,
+    coalition_rows,
+    lost_rows,
+    lost_sentence,
+    masks_sentence,
+    missed,
+)
 
 __all__ = ["epsilon_curve", "write_report"]
 
@@ -53,10 +62,12 @@ def write_report(
     sections = [
         _heading(plan, written),
         f"<blockquote>{escape(guarantee(plan, task, simulated=simulated))}</blockquote>",
+        _sums(written),
         _curves(result, task),
         _comparison(written),
         _from_histograms(written),
         _holders(written, task.headline),
+        _lost(written),
         _rounds(result.history),
         f"<h2>Plan</h2><pre>{escape(plan.to_toml())}</pre>",
     ]
@@ -67,7 +78,7 @@ def write_report(
 
 def epsilon_curve(plan: TrainingPlan, points: int = 20) -> tuple[Sequence[int], Sequence[float]]:
     """ε that one holder has released after so many rounds, at up to ``points`` of them."""
-    if not isinstance(plan.privacy, Privacy):
+    if not isinstance(plan.privacy, Privacy | DistributedPrivacy):
         return [], []
     numbers = sorted({round(x) for x in np.linspace(1, plan.rounds, min(points, plan.rounds))})
     return numbers, [epsilon(_released(plan, number), plan.privacy.delta) for number in numbers]
@@ -81,13 +92,33 @@ def _released(plan: TrainingPlan, number: int) -> Composition:
 
 
 def _heading(plan: TrainingPlan, written: Mapping[str, Any]) -> str:
-    seeds = len(written["seeds"])
+    seeds, level = len(written["seeds"]), plan.aggregation.kind
     return (
         f"<h1>{escape(plan.task)}</h1><p class=lead>{escape(plan.source)} "
         f"({escape(plan.preprocessing)}) · {written['holders']} holders · {plan.rounds} rounds of "
         f"{plan.local_steps} local step{'s' * (plan.local_steps > 1)} · "
-        f"{escape(plan.strategy.name)} · {seeds} seed{'s' * (seeds > 1)}</p>"
+        f"{escape(plan.strategy.name)} · {'' if level == 'plain' else f'{level} aggregation · '}"
+        f"{seeds} seed{'s' * (seeds > 1)}</p>"
     )
+
+
+def _sums(written: Mapping[str, Any]) -> str:
+    """What the coordinator saw, where it saw sums."""
+    about = written["aggregation"]
+    if about["kind"] == "plain":
+        return ""
+    words = [masks_sentence(about), lost_sentence(written)]
+    parts = [
+        f"<h2>What the coordinator saw</h2><p>{escape(' '.join(filter(None, words)))}</p>",
+        table(*aggregation_rows(about)),
+    ]
+    if "coalitions" in about:
+        parts += [
+            "<h2>If holders tell the coordinator their noise</h2>",
+            table(*coalition_rows(about)),
+            f"<p>{escape(coalition_note(about))}</p>",
+        ]
+    return "".join(parts)
 
 
 def _curves(result: RunResult, task: Task) -> str:
@@ -197,12 +228,23 @@ def _holders(written: Mapping[str, Any], headline: str) -> str:
     return f"<h2>Each holder</h2>{table(['holder', headline], rows)}"
 
 
-def _rounds(history: Sequence[RoundSummary]) -> str:
-    missed = [
-        (summary.round, name, why) for summary in history for name, why in summary.missed.items()
-    ]
-    if not missed:
+def _lost(written: Mapping[str, Any]) -> str:
+    """Rounds that came to nothing, if there are any."""
+    if not written.get("lost_rounds"):
         return ""
-    rows = [[name, str(number), why] for number, name, why in missed[:50]]
-    more = f"<p>… and {len(missed) - 50} more.</p>" if len(missed) > 50 else ""
+    columns, rows = lost_rows(written)
+    more = f"<p>… and {len(rows) - 50} more.</p>" if len(rows) > 50 else ""
+    return f"<h2>Lost rounds</h2>{table(columns, rows[:50])}{more}"
+
+
+def _rounds(history: Sequence[RoundSummary]) -> str:
+    rows = [
+        [name, str(summary.round), why]
+        for summary in history
+        for name, why in missed(summary).items()
+    ]
+    if not rows:
+        return ""
+    more = f"<p>… and {len(rows) - 50} more.</p>" if len(rows) > 50 else ""
+    rows = rows[:50]
     return f"<h2>Missed rounds</h2>{table(['holder', 'round', 'why'], rows)}{more}"

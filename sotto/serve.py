@@ -20,6 +20,7 @@ from sotto.show import (
     guarantee,
     write_json,
 )
+from sotto.sums import missed_words, show_sums
 
 if TYPE_CHECKING:
     from common.link.keys import CoordinatorKeys
@@ -43,6 +44,7 @@ def serve(
 ) -> None:
     """Coordinate one run; with the same --state, go on where it stopped."""
     from common.errors import ConfigurationError
+    from common.limits import largest_reply
     from common.settings import plan_for
     from common.tasks import load
     from server.app import build_app
@@ -58,12 +60,15 @@ def serve(
             "--baselines to 'sotto simulate' and 'sotto demo'"
         )
     loaded = load(task, settings.source, settings.preprocessing)
-    plan = plan_for(loaded, {"min_holders": 2, **settings.plan}, holders=settings.holders)
+    asked = settings.plan
+    if asked.get("aggregation", "plain") == "plain":  # a masked sum has a threshold of its own
+        asked = {"min_holders": 2, **asked}
+    plan = plan_for(loaded, asked, holders=settings.holders)
     keys = None if insecure else keys_of(screen, state, listen, host_name)
     results: list[Any] = []
     rows: list[list[str]] = []
 
-    with LinkGrid(listen, keys=keys) as grid:
+    with LinkGrid(listen, keys=keys, max_message_bytes=largest_reply(plan, loaded)) as grid:
         folder = resume_or_begin(state, plan)  # after the address: a wrong one begins no run
         plan = folder.plan
         screen.say(f"Run {folder.run_id}: listening on {listen}.")
@@ -75,7 +80,7 @@ def serve(
         )
 
         def on_round(summary: Any) -> None:
-            missed = "; ".join(f"{name} {why}" for name, why in summary.missed.items())
+            missed = missed_words(summary)
             rows.append(
                 [
                     f"{summary.round}/{plan.rounds}",
@@ -98,6 +103,7 @@ def serve(
         screen.table("Evaluation, from noised histograms", *evaluation_rows(written))
         if note := evaluation_note(written):
             screen.say(note)
+    show_sums(screen, written)
     screen.say(guarantee(plan, loaded, simulated=False))
     screen.say(f"Finished. The model and everything about the run: {report}")
     if settings.output.out is not None:
@@ -122,6 +128,7 @@ def keys_of(screen: Screen, state: Path, listen: str, names: list[str] | None) -
     """The coordinator's identity; made, with a word about what holders need, on first use."""
     from common.link.identity import host_of
     from common.link.keys import CoordinatorKeys, is_coordinator
+    from sotto.keys_report import expiry_warnings
 
     known = is_coordinator(state)
     keys = CoordinatorKeys.create_or_load(state, [*(names or []), host_of(listen)])
@@ -132,4 +139,6 @@ def keys_of(screen: Screen, state: Path, listen: str, names: list[str] | None) -
             f"you approve it with sotto keys approve REQUEST --state {state}\n"
             "and the holder runs sotto keys install BUNDLE --state DIR."
         )
+    for warning in expiry_warnings(keys):
+        screen.say(warning)
     return keys

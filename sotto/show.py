@@ -90,20 +90,50 @@ def guarantee(plan: TrainingPlan, task: Task, *, simulated: bool) -> str:
 
 
 def _guarantees(plan: TrainingPlan) -> tuple[str, ...]:
-    """What holds for updates and, where they have a price, for evaluations with them."""
+    """What holds for what leaves, and what the coordinator gets to see of it."""
+    return (*_promises(plan), *_sees(plan))
+
+
+def _sees(plan: TrainingPlan) -> tuple[str, ...]:
+    """What masks keep from the coordinator, and from how many helpers of it."""
+    from common.aggregation import Masked, SecureSum
+
+    aggregation = plan.aggregation
+    if not isinstance(aggregation, Masked):
+        return ()
+    fewest, helpers = plan.min_holders, aggregation.tolerated_helpers(plan)
+    own = "its own part" if helpers == 1 else "their own parts"
+    help_ = (
+        f" and has the help of {counted(helpers, 'holder')}, which can tell it {own} and no other"
+        if helpers
+        else ""
+    )
+    masks = (
+        f"Each holder's part is masked: of a round the coordinator sees the sum of at least "
+        f"{fewest} of {plan.cohort} and nothing else, even if it lies{help_}."
+    )
+    if not isinstance(aggregation, SecureSum):
+        return (masks,)
+    unknown = counted(fewest - aggregation.coalition, "holder")
+    return (masks, f"ε is that of a sum with noise of {unknown} that it does not know.")
+
+
+def _promises(plan: TrainingPlan) -> tuple[str, ...]:
+    """The guarantee of what leaves, with the evaluations in it where they have a price."""
     price = plan.evaluation
     if price.kind != "histogram":
         return (plan.privacy.guarantee(),)
     times = f"{plan.evaluations} noised histogram" + "s" * (plan.evaluations != 1)
     evaluations = f"{times} of held-out units, at ({price.epsilon:g}, {price.delta:g})"
-    if plan.privacy.kind != "dp":
+    if plan.privacy.kind not in ("dp", "distributed"):
         return (plan.privacy.guarantee(), f"Evaluations: {evaluations}.")
     from common.privacy.accounting import epsilon
 
     total = epsilon(plan.composition(), plan.privacy.delta)
+    releases = "updates" if plan.privacy.kind == "dp" else "sums of updates"
     return (
         plan.privacy.guarantee(f"{total:.3g}"),
-        f"That is updates, at ({plan.privacy.epsilon:g}, {plan.privacy.delta:g}), and "
+        f"That is {releases}, at ({plan.privacy.epsilon:g}, {plan.privacy.delta:g}), and "
         f"{evaluations}.",
     )
 

@@ -18,6 +18,7 @@ from sotto.show import (
     guarantee,
     write_json,
 )
+from sotto.sums import show_sums
 
 if TYPE_CHECKING:  # it needs torch
     from common.plan import TrainingPlan
@@ -50,7 +51,8 @@ def simulate(
     byzantine: Annotated[
         str | None,
         typer.Option(
-            help="P:ATTACK: a share P lies, by sign-flip, scale, noise, nan, zero or little."
+            help="P:ATTACK: a share P lies, by sign-flip, scale, noise, nan, zero, little, "
+            "longest or label-flip."
         ),
     ] = None,
 ) -> None:
@@ -71,10 +73,12 @@ def simulate(
     if data is not None:
         loaded.source = OwnFile(data, loaded.source)
     holders = list(loaded.source.tables(settings.holders))
-    everyone = min(len(holders), settings.plan.get("cohort") or len(holders))
-    wanted = {"min_holders": everyone if faults is None else 1, **settings.plan}
+    wanted = dict(settings.plan)
+    if plain := wanted.get("aggregation", "plain") == "plain":  # a masked sum has its threshold
+        everyone = min(len(holders), wanted.get("cohort") or len(holders))
+        wanted = {"min_holders": everyone if faults is None else 1, **wanted}
     plan = plan_for(loaded, wanted, holders=settings.holders)
-    if faults is not None and "min_holders" not in settings.plan:
+    if plain and faults is not None and "min_holders" not in settings.plan:
         plan = _with_smallest_quorum(plan)
     if "evaluate" not in settings.plan and plan.evaluation.kind == "local":
         # Twenty points make a curve; evaluating more often would cost more than it shows.
@@ -108,6 +112,7 @@ def simulate(
         screen.table("From noised histograms", *evaluation_rows(written))
         if note := evaluation_note(written):
             screen.say(note)
+    show_sums(screen, written)
     screen.say(guarantee(plan, loaded, simulated=True))
     if faults is not None:
         screen.say(_what_went_wrong(written["faults"]))

@@ -181,12 +181,13 @@ def _ask(
     insecure: bool,
 ) -> tuple[Gathered, StatisticsFolder]:
     """Ask holders that join; with the same --state, a second attempt costs them nothing more."""
+    from common.limits import largest_statistics
     from server.grid import LinkGrid
     from server.statistics import StatisticsFolder, gather
 
     keys = None if insecure else keys_of(screen, state, listen, names)
     signal.signal(signal.SIGTERM, interrupt)
-    with LinkGrid(listen, keys=keys) as grid:
+    with LinkGrid(listen, keys=keys, max_message_bytes=largest_statistics(plan)) as grid:
         folder = StatisticsFolder.resume_or_begin(state, plan)
         screen.say(f"Statistics {folder.run_id}: listening on {listen}.")
         screen.say(f"Waiting for at least {counted(plan.min_holders, 'holder')}.")

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from common.guarantees import Privacy
+from common.guarantees import DistributedPrivacy, Privacy
+from common.plan import TrainingPlan
 from simulations.sweep import Setting, Sweep
 from sotto.page import details, page, svg, table
 from sotto.show import SEEDED, setting_text, spread, sweep_rows, write_json
+from sotto.sums import MASKS_LEFT_OUT
 from sotto.sweep_figure import Series, across, draw, series_of
 
 __all__ = ["findings", "guarantees", "write_sweep"]
@@ -53,15 +55,30 @@ def findings(written: Mapping[str, Any]) -> list[str]:
 
 def guarantees(sweep: Sweep) -> str:
     """What each ε means, and that it is of one run; said once, not once for each ε."""
-    privacies = [setting.plan.privacy for setting in sweep.settings]
-    private = {each.delta: each for each in privacies if isinstance(each, Privacy)}
-    parts = [each.guarantee(epsilon="ε") for each in private.values()]
-    if private and len({each for each in privacies if isinstance(each, Privacy)}) > 1:
+    plans = [setting.plan for setting in sweep.settings]
+    private = [plan for plan in plans if isinstance(plan.privacy, Privacy | DistributedPrivacy)]
+    parts = _promises(private)
+    if len({plan.privacy for plan in private}) > 1:
         parts.append("ε is that of the row.")
-    without = [each.guarantee() for each in privacies if not isinstance(each, Privacy)]
+    without = [plan.privacy.guarantee() for plan in plans if plan.privacy.kind == "none"]
     if without:
         parts.append(without[0] if not private else f"Where it says no DP: {without[0]}")
+    if any(plan.aggregation.kind != "plain" for plan in plans):
+        parts.append(MASKS_LEFT_OUT)
     return " ".join(part for part in (*parts, sweep.task.caveat, SEEDED) if part)
+
+
+def _promises(plans: Sequence[TrainingPlan]) -> list[str]:
+    """The guarantees of plans, and where they differ, at which level of aggregation."""
+    levels: dict[str, list[str]] = {}
+    for plan in plans:
+        assert isinstance(plan.privacy, Privacy | DistributedPrivacy)
+        of_sentence = levels.setdefault(plan.privacy.guarantee("ε"), [])
+        if plan.aggregation.kind not in of_sentence:
+            of_sentence.append(plan.aggregation.kind)
+    if len({plan.privacy.kind for plan in plans}) == 1:
+        return list(levels)
+    return [f"With aggregation {' or '.join(own)}: {said}" for said, own in levels.items()]
 
 
 # -- in words -------------------------------------------------------------------------------------

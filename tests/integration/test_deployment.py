@@ -120,7 +120,7 @@ def test_holders_stay_joined_after_the_run_and_leave_on_sigterm(finished: Finish
 
 
 def test_no_figure_of_a_holder_reaches_the_coordinator(finished: Finished) -> None:
-    fields = {"time", "round", "accepted", "missed", "seconds", "metrics", "evaluation"}
+    fields = {"time", "round", "accepted", "missed", "seconds", "metrics", "evaluation", "lost"}
     rounds = lines(finished.run.path / "metrics.jsonl")
     assert [set(line) for line in rounds] == [fields] * ROUNDS
     assert [(line["metrics"], line["evaluation"]) for line in rounds] == [({}, {})] * ROUNDS

@@ -13,10 +13,13 @@ import pytest
 import torch
 from flwr.app import Error, Message, MessageType
 
-from common.errors import ConfigurationError, RunError
+from common.data.schema import Column, Schema
+from common.errors import ConfigurationError, RunError, WireError
 from common.flower import BaseGrid
 from common.plan import TrainingPlan
 from common.settings import plan_for
+from common.tasks import load
+from common.tasks.base import HolderData, HolderTables, Task
 from common.tasks.parameters import initial_parameters
 from common.wire import FAILED, RoundRequest, TrainReply, Vector
 from server.aggregation import STRATEGIES
@@ -28,7 +31,7 @@ from simulations.results import document
 from simulations.workers import BlockTrainer, InProcess
 from tests.commands import sotto
 from tests.fakes import Answer, FakeGrid, pulls_towards
-from tests.tiny import TinyTask
+from tests.tiny import SCHEMA, TinyTask, table
 
 ENGINES = ("batched", "opacus")
 CPU = torch.device("cpu")
@@ -142,8 +145,9 @@ def test_faults_of_probability_zero_change_no_bit(engine: str, strategy: str) ->
     assert undisturbed.faults == []
 
 
-def test_baselines_are_without_faults() -> None:
-    disturbed = simulate(Faults(0.2, byzantine=Byzantine(1.0, "zero")), holders=3, baselines=True)
+@pytest.mark.parametrize("attack", ["zero", "label-flip"])
+def test_baselines_are_without_faults(attack: str) -> None:
+    disturbed = simulate(Faults(0.2, byzantine=Byzantine(1.0, attack)), holders=3, baselines=True)
     assert disturbed.baselines == simulate(None, holders=3, baselines=True).baselines
 
 
@@ -423,6 +427,48 @@ def test_noise_is_as_long_as_the_update_and_of_its_own_for_each_holder_and_round
     assert np.array_equal(updates(again, 1)["h0"], sent["h0"])  # whoever else lies
 
 
+def test_the_longest_lie_points_backwards_and_is_a_hair_shorter_than_the_bound() -> None:
+    honest, sent = forged("longest")
+    bound = plan().largest_update_norm(D)
+    lengths = np.linalg.norm(honest, axis=1, keepdims=True)
+    assert np.allclose(sent, -0.999 * bound * honest / lengths, rtol=1e-5)
+    for vector in sent:
+        assert TrainReply.of(TrainReply(vector, 1.0).records(), plan(), D)
+        with pytest.raises(WireError, match="above"):  # the bound is no longer than that
+            TrainReply.of(TrainReply(vector * np.float32(1.002), 1.0).records(), plan(), D)
+
+
+def test_whoever_has_nothing_to_stretch_sends_nothing() -> None:
+    still = Byzantine(1.0, "longest").forged(np.zeros((2, D), np.float32), (), 10.0)
+    assert not still.any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("unit", ["no privacy", "record", "holder"])
+def test_the_longest_lie_always_counts(engine: str, unit: str) -> None:
+    private = {} if unit == "no privacy" else {"no_dp": None, "epsilon": 5.0, "unit": unit}
+    lying = Faults(byzantine=Byzantine(0.2, "longest"))
+    attacked = simulate(lying, engine, rounds=1, **private)
+    assert len(attacked.runs[0].final.accepted) == 10
+    assert attacked.faults[0].attacked == 2
+
+
+def test_the_bound_is_loose_for_records_and_tight_for_holders() -> None:
+    """Two of ten liars go as far as they may; how far that is says what the bound is worth."""
+    lying = Faults(byzantine=Byzantine(0.2, "longest"))
+    start = initial_parameters(TinyTask(), seed=0)
+
+    def moved(faults: Faults | None, **settings: object) -> float:
+        parameters = simulate(faults, rounds=1, **settings).runs[0].parameters
+        return float(np.linalg.norm(parameters - start))
+
+    records = {"no_dp": None, "epsilon": 50.0}
+    assert moved(lying, **records) > 5 * moved(None, **records)
+    # Where holders are the unit nobody's update is longer than C, honest or not.
+    holders = plan(no_dp=None, epsilon=5.0, unit="holder", clip_norm=0.3)
+    assert holders.largest_update_norm(D) == pytest.approx(0.3, rel=1e-3)
+
+
 def test_the_weight_stays_the_holders_own() -> None:
     grid, _ = faulty(Recording(3), Faults(byzantine=Byzantine(1.0, "zero")))
     for reply in ask(grid).values():
@@ -498,6 +544,141 @@ def test_a_robust_strategy_keeps_the_accuracy_that_the_mean_loses() -> None:
 
     assert accuracy("fedmedian") > 0.8
     assert accuracy("fedavg") < 0.4
+
+
+# -- poisoned rows --------------------------------------------------------------------------------
+
+
+def accuracies(result: ExperimentResult) -> list[float]:
+    return [figures["accuracy"] for figures in result.finals[0].values()]
+
+
+def test_flipped_rows_have_the_other_label_and_are_otherwise_as_they_were() -> None:
+    own = HolderTables(table(30, seed=1), table(10, seed=2))
+    found = Byzantine(0.5, "label-flip").poisoned(own, SCHEMA)
+    assert (found.train["y"] == 1 - own.train["y"]).all()
+    assert found.train["y"].dtype == own.train["y"].dtype
+    assert found.train.drop(columns="y").equals(own.train.drop(columns="y"))
+    assert found.test.equals(own.test)
+    assert Byzantine(0.5, "sign-flip").poisoned(own, SCHEMA) is own
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("medical-diagnosis", "breast-cancer"), ("credit-risk", "synthetic")]
+)
+def test_the_labels_of_every_binary_task_are_flipped_and_flipped_back(
+    name: str, source: str
+) -> None:
+    task, flip = load(name, source), Byzantine(0.5, "label-flip")
+    flip.check(task)
+    rows = next(iter(task.source.tables().values()))
+    own = HolderTables(rows, rows)
+    once = flip.poisoned(own, task.schema)
+    true, lie = (task.examples(each.train)["label"] for each in (own, once))
+    assert torch.equal(lie, 1 - true)
+    assert flip.poisoned(once, task.schema).train.equals(rows)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "privacy"), [("fedavg", {"no_dp": None, "epsilon": 5.0}), ("fedmedian", {})]
+)
+def test_every_engine_trains_on_the_same_poisoned_rows(
+    strategy: str, privacy: dict[str, object]
+) -> None:
+    flip = Faults(byzantine=Byzantine(0.3, "label-flip"))
+    batched, opacus = (simulate(flip, each, strategy=strategy, **privacy) for each in ENGINES)
+    assert np.allclose(batched.runs[0].parameters, opacus.runs[0].parameters, atol=1e-5)
+    assert [each.attacked for each in batched.faults] == [3] * 6
+    # Negative control: the tolerance is far below what the flipped labels do.
+    honest = simulate(None, strategy=strategy, **privacy).runs[0].parameters
+    assert not np.allclose(batched.runs[0].parameters, honest, atol=1e-2)
+
+
+def test_models_of_flipped_labels_are_judged_by_true_ones() -> None:
+    settings = {"rounds": 20, "learning_rate": 0.5}
+    everyone = Faults(byzantine=Byzantine(1.0, "label-flip"))
+    assert np.mean(accuracies(simulate(None, **settings))) > 0.8
+    assert np.mean(accuracies(simulate(everyone, **settings))) < 0.2
+
+
+@pytest.mark.parametrize("cohort", [None, 3])
+def test_the_rows_of_honest_holders_stay_true(cohort: int | None) -> None:
+    """With one local round from the same start, an update depends on its holder's rows alone."""
+    trained_on: dict[str, list[torch.Tensor]] = {}
+
+    class Watching(TinyTask):
+        def prepare(self, tables: HolderTables) -> HolderData:
+            data = super().prepare(tables)
+            key = tables.train["x0"].to_numpy().tobytes()
+            trained_on.setdefault(names[key], []).append(data.train["y"])
+            return data
+
+    rows = TinyTask().source.tables(10)
+    names = {
+        TinyTask().split(own, holder="", seed=0).train["x0"].to_numpy().tobytes(): name
+        for name, own in rows.items()
+    }
+    flip = Byzantine(0.3, "label-flip")
+    settings = plan(cohort=cohort, rounds=8)
+    run_experiment(Experiment(Watching(), settings, (0,), 10, CPU, faults=Faults(byzantine=flip)))
+    liars = flip.malicious(rows, seed=0)
+    assert trained_on.keys() >= liars
+    for name, times in trained_on.items():
+        true = torch.tensor(rows[name]["y"].to_numpy(np.float32)[:40])
+        expected = 1 - true if name in liars else true
+        assert all(torch.equal(labels, expected) for labels in times), name
+
+
+@cache
+def three_labels() -> TinyTask:
+    task = TinyTask()
+    task.schema = Schema((*SCHEMA.columns[:-1], Column("y", "label", categories=(0, 1, 2))))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        (load("recommendation"), "'recommendation' has no label"),
+        (three_labels(), "'tiny' has one of 3 values"),
+    ],
+)
+def test_a_task_without_a_binary_label_is_refused_before_anything_is_trained(
+    task: Task, found: str
+) -> None:
+    flip = Faults(byzantine=Byzantine(0.3, "label-flip"))
+    with pytest.raises(ConfigurationError, match="needs a task whose label has two") as raised:
+        Experiment(task, plan(), faults=flip)
+    assert found in str(raised.value)
+    assert "attacks that work on every task are sign-flip, scale, noise" in str(raised.value)
+    Experiment(task, plan(), faults=Faults(byzantine=Byzantine(0.3, "sign-flip")))
+
+
+def test_where_updates_are_masked_rows_can_be_poisoned_and_updates_not_forged() -> None:
+    settings = {"no_dp": True, "rounds": 6, "strategy": "fedavg", "cohort": 10}
+    masked = plan_for(TinyTask(), {**settings, "aggregation": "secure"}, holders=10)
+    open_plan = plan_for(TinyTask(), {**settings, "min_holders": masked.min_holders}, holders=10)
+
+    def experiment(chosen: TrainingPlan, attack: str) -> Experiment:
+        lying = Faults(byzantine=Byzantine(0.3, attack))
+        return Experiment(TinyTask(), chosen, (0,), 10, CPU, faults=lying)
+
+    with pytest.raises(ConfigurationError, match=r"'sign-flip' forges .* they are masked"):
+        experiment(masked, "sign-flip")
+    unseen, seen = (
+        run_experiment(experiment(chosen, "label-flip")) for chosen in (masked, open_plan)
+    )
+    assert np.allclose(unseen.runs[0].parameters, seen.runs[0].parameters, atol=1e-3)
+    assert [each.attacked for each in unseen.faults] == [3] * 6
+
+
+def test_the_command_refuses_it_with_a_sentence(tmp_path: Path) -> None:
+    said = sotto(
+        "simulate", "recommendation", "--byzantine", "0.2:label-flip", "--out", tmp_path / "run"
+    )
+    assert said.code == 2
+    assert "'recommendation' has no label" in said.err
+    assert not (tmp_path / "run").exists()
 
 
 # -- a Grid around a Grid -------------------------------------------------------------------------

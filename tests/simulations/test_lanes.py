@@ -47,7 +47,7 @@ def test_an_update_that_was_left_out_of_the_sum_does_not_count_as_accepted(size:
     outcome = Outcome({0: total(torch.ones(SIZE), torch.ones(SIZE))}, aside, {2: 1.0})
     found = gathered(job(wanted, individually=False), outcome)
     assert "2 of at least 3" in found.shortfall(0, wanted, 1)
-    (reply,) = found.replies([0], {}, linear=True)
+    (reply,) = found.replies({0: wanted}, {}, linear=True)
     assert reply.update.tolist() == [1.0] * SIZE
 
 
@@ -57,7 +57,7 @@ def test_each_update_counts_where_each_was_wanted_unless_the_plan_forbids_it() -
     outcome = Outcome(singles=singles, weights=dict.fromkeys(range(3), 1.0))
     found = gathered(job(wanted, individually=True), outcome)
     assert found.shortfall(0, wanted, 1) == ""
-    replies = found.replies([0], {}, linear=False)
+    replies = found.replies({0: wanted}, {}, linear=False)
     assert [float(reply.update[0]) for reply in replies] == [1.0, 2.0]
 
 
@@ -73,5 +73,5 @@ def test_a_run_that_failed_stands_still_beside_those_that_go_on() -> None:
     wanted = plan(min_holders=1)
     assignments = [Assignment("h0", "rows", wanted, point) for point in (0, 1)]
     found.add(Job(assignments, 1, torch.zeros(2, SIZE)), Outcome({1: total(3 * torch.ones(SIZE))}))
-    (reply,) = found.replies([0, 1], {0: "why"}, linear=True)
+    (reply,) = found.replies({0: wanted, 1: wanted}, {0: "why"}, linear=True)
     assert reply.update.tolist() == [0.0] * SIZE + [3.0] * SIZE

@@ -30,7 +30,7 @@ def test_the_document_has_the_fields_of_the_contract() -> None:
     written = document(result)
     assert set(written) == {
         "task", "source", "preprocessing", "holders", "rounds", "engine", "device", "strategy",
-        "seeds", "privacy", "metrics", "baselines", "seconds",
+        "seeds", "privacy", "aggregation", "metrics", "baselines", "seconds",
     }  # fmt: skip
     assert (written["task"], written["source"]) == ("tiny", "tiny")
     assert (written["holders"], written["rounds"], written["seeds"]) == (3, 2, [3, 4])
@@ -46,6 +46,7 @@ def test_the_document_has_the_fields_of_the_contract() -> None:
         "noise_multiplier": plan.privacy.noise_multiplier,
         "clip_norm": 1.0,
     }
+    assert written["aggregation"] == {"kind": "plain"}
     assert set(written["metrics"]) == {"accuracy"}
     accuracy = written["metrics"]["accuracy"]
     assert set(accuracy) == {"mean", "sd", "per_seed", "per_holder"}

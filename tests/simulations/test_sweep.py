@@ -289,7 +289,8 @@ def test_the_document_has_every_figure() -> None:
     ]
     for place, point in enumerate(written["points"]):
         assert set(point) == {
-            "settings", "rounds", "strategy", "privacy", "metrics", "baselines", "failed",
+            "settings", "rounds", "strategy", "privacy", "aggregation", "metrics", "baselines",
+            "failed",
         }  # fmt: skip
         assert point["metrics"] == summarise(metrics_of(result, FEDERATION, place))
         assert point["baselines"]["pooled"] == summarise(metrics_of(result, POOLED, place))

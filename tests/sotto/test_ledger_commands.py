@@ -14,11 +14,16 @@ from typing import Any
 import pytest
 
 from client.policy_file import PolicyFile
+from common.link import certificates as certs
+from common.link.keys import CoordinatorKeys, HolderKeys
+from common.link.signing import Identity, signing_fingerprint
 from common.privacy.accounting import epsilon
 from common.privacy.events import Composition, DiscreteGaussian, SubsampledGaussian, Unprotected
 from common.privacy.ledger import Budget, Kind, Ledger, Release
 from common.settings import plan_for
+from sotto.keys_report import keys_sentence
 from tests.commands import Said, sotto
+from tests.linking import enrol
 from tests.tiny import TinyTask
 
 DELTA = 1e-5
@@ -196,6 +201,46 @@ def test_verify_finds_a_release_that_its_budget_did_not_allow(state: Path) -> No
             opened._append("reserved", "loud/1", release=item, budget=BUDGET)
     said = ledger("verify", "--state", state, code=2)
     assert re.search(r"'clinic': by entry 12 its ε was \d+\.\d+, and the budget .* 3 ", said.err)
+
+
+# -- whose it is -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> HolderKeys:
+    coordinator = CoordinatorKeys.create_or_load(tmp_path / "coordinator")
+    return enrol(tmp_path / "north", coordinator, "north")
+
+
+def test_the_ledger_names_the_holder_and_the_keys_that_it_shows(
+    state: Path, keys: HolderKeys
+) -> None:
+    assert json.loads(ledger("show", "--state", state, "--json", "-").out)["holder"] == []
+    assert "holder" not in ledger("show", "--state", state).out
+    with Ledger.open(state / "ledger.sqlite") as opened:
+        opened.note_holder("north", keys_sentence(None))
+        opened.note_holder("north", keys_sentence(keys))
+
+    certificate = f"sha256:{certs.fingerprint(keys.certificate)}"
+    signing_key = signing_fingerprint(Identity.of(keys).credential)
+    shown = ledger("show", "--state", state).out.replace("\n", " ")
+    assert f"holder 'north': certificate {certificate}, signing key {signing_key}; " in shown
+    assert "since entry 13, 20" in shown
+    assert "plain text" not in shown, "only what holds now"
+
+    first, second = json.loads(ledger("show", "--state", state, "--json", "-").out)["holder"]
+    assert (first["number"], first["name"]) == (12, "north")
+    assert first["sentence"] == "no certificate, plain text"
+    assert second["sentence"] == f"certificate {certificate}, signing key {signing_key}"
+    documented = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
+    for name in ["holder", *second]:
+        assert f"`{name}`" in documented, name
+
+    verified = ledger("verify", "--state", state).out
+    assert verified.count("holder 'north': ") == 2, "who it was before, too"
+    row = list(csv.DictReader(io.StringIO(ledger("export", "--state", state).out)))[-1]
+    assert (row["state"], row["by"], row["data_set"]) == ("holder", "north", "")
+    assert row["sentence"] == second["sentence"]
 
 
 # -- export ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from common.settings import plan_for
 from common.tasks.histograms import Estimate
 from server.rounds import RoundSummary
 from server.runs import RunResult
-from simulations.results import privacy_document, summarise
+from simulations.results import aggregation_document, privacy_document, summarise
 from sotto.report import epsilon_curve, write_report
 from tests.tiny import CountedTask, TinyTask
 
@@ -53,6 +53,7 @@ def report(
         "holders": 2,
         "seeds": [plan.seed],
         "privacy": privacy_document(plan.privacy),
+        "aggregation": aggregation_document(plan, "opacus"),
         "metrics": summarise([shared]) if shared else {},
         **extra,
     }
