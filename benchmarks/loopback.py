@@ -1,9 +1,9 @@
-"""Two holder processes on this machine, with certificates, for whatever they are to run."""
+"""Holder processes on this machine, with certificates, for whatever they are to run."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +15,31 @@ __all__ = ["HOLDERS", "Loopback"]
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLDERS = ("holder-1", "holder-2")
+"""Unless a benchmark asks for others."""
 
 
 @dataclass(frozen=True)
 class Loopback:
-    """A coordinator's state folder and two holders', whose keys know each other.
+    """A coordinator's state folder and its holders', whose keys know each other.
 
     Args:
         folder: of everything.
         keys: the coordinator's.
+        names: the holders'.
     """
 
     folder: Path
     keys: CoordinatorKeys
+    names: tuple[str, ...]
 
     @classmethod
-    def under(cls, folder: Path) -> Loopback:
+    def under(cls, folder: Path, names: Sequence[str] = HOLDERS) -> Loopback:
         """Make the folders and do what people do with ``sotto keys``."""
         keys = CoordinatorKeys.create_or_load(folder / "coordinator", ["127.0.0.1"])
-        for name in HOLDERS:
+        for name in names:
             request = HolderKeys.request(folder / name, name)
             HolderKeys.install(folder / name, keys.approve(request))
-        return cls(folder, keys)
+        return cls(folder, keys, tuple(names))
 
     @property
     def coordinator(self) -> Path:
@@ -65,5 +68,5 @@ class Loopback:
                         working=ROOT,
                     )
                 )
-                for name in HOLDERS
+                for name in self.names
             ]  # fmt: skip
