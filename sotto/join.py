@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sotto.options import Output
-from sotto.policy_flags import Wanted, require_fitting
+from sotto.policy_flags import UNPINNED, Wanted, require_fitting
 from sotto.show import Screen, figure
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from common.tasks.base import HolderData, HolderTables, Task
 
 __all__ = ["join", "own_data", "own_tables"]
-
-UNPINNED = (
-    "secure-sum is allowed and no holders are pinned: a dishonest coordinator could make others "
-    "up and read this one's part; name their signing keys under holders in policy.toml."
-)
 
 
 def join(
@@ -136,7 +131,7 @@ def join(
             screen.say(f"Wrote {rules} from the flags; from now on it is what holds.")
         screen.say(_greeting(holder))
         if "secure-sum" in allowed.aggregation and not allowed.holders:
-            screen.say(UNPINNED)
+            screen.say(f"{holder.name}: {UNPINNED}")
         _stay(screen, holder, server, keys)
 
 

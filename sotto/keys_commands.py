@@ -177,8 +177,8 @@ def _sentences() -> Iterator[None]:
     try:
         yield
     except SottoError as error:
-        print(error, file=sys.stderr)
+        print(f"sotto: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except OSError as error:
-        print(f"cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"sotto: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         raise typer.Exit(1) from None

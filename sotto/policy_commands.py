@@ -13,7 +13,7 @@ import typer
 
 from common.errors import ConfigurationError
 from sotto.options import Output
-from sotto.policy_flags import DEFAULT_DATA_SET
+from sotto.policy_flags import DEFAULT_DATA_SET, UNPINNED
 from sotto.show import Screen, figure, write_json
 
 if TYPE_CHECKING:  # they need torch
@@ -137,11 +137,7 @@ def _warn_unless_pinned(path: Path, data_set: str) -> None:
     from client.policy_file import PolicyFile
 
     if not PolicyFile.load(path).policies[data_set].holders:
-        print(
-            "secure-sum is allowed and no holders are pinned: a dishonest coordinator could make "
-            "up all the others, and see what this holder sends with a small share of the noise. "
-            "Pin the others' signing keys (holders); 'sotto keys list' shows each, there."
-        )
+        print(UNPINNED)
 
 
 def _budget(

@@ -12,9 +12,15 @@ from common.errors import ConfigurationError
 if TYPE_CHECKING:  # they need torch
     from client.policy import Policy
 
-__all__ = ["Wanted", "require_fitting"]
+__all__ = ["UNPINNED", "Wanted", "require_fitting"]
 
 DEFAULT_DATA_SET = "default"
+
+UNPINNED = (
+    "secure-sum is allowed and no holders are pinned: a dishonest coordinator could make up all "
+    "the others, and see what this holder sends with a small share of the noise. Pin the others' "
+    "signing keys (holders in policy.toml); 'sotto keys list' shows each, there."
+)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _curves(result: RunResult, task: Task) -> str:
     if numbers:
         axis = next(axes)
         axis.plot(numbers, epsilons, color=ACCENT, linewidth=2)
-        _label(axis, "ε spent by each holder")
+        _label(axis, "ε of a holder that took part in every round")
     return f"<h2>Over the rounds (seed {result.plan.seed})</h2>{svg(drawing)}"
 
 

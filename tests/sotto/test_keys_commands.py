@@ -97,7 +97,7 @@ def test_both_sides_show_the_same_authority(tmp_path: Path, hub: Path) -> None:
 def test_an_expected_error_is_a_sentence(tmp_path: Path) -> None:
     said = sotto_keys("request", "--name", "North", "--state", tmp_path, status=1)
 
-    assert said.startswith("'North' cannot name a holder")
+    assert said.startswith("sotto: 'North' cannot name a holder")
     assert "Traceback" not in said
 
 

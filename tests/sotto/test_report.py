@@ -103,7 +103,7 @@ def test_the_guarantee_is_one_sentence_with_unit_relation_delta_and_adversary(
     for part in ("For each record", "(2, 0.0001)", "adding or removing", "against a coordinator"):
         assert part in page
     assert "This was a simulation" not in page
-    assert "ε spent by each holder" in page
+    assert "ε of a holder that took part in every round" in page
 
 
 def test_a_simulation_says_that_it_was_one(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_without_shared_metrics_it_says_that_the_holders_keep_them(tmp_path: Pat
     page = report(tmp_path, plan(), history())
     assert "The holders keep their exact figures" in page
     assert "mean, and each holder" not in page
-    assert "ε spent by each holder" in page
+    assert "ε of a holder that took part in every round" in page
 
 
 def test_with_nothing_to_draw_there_is_no_drawing(tmp_path: Path) -> None:
