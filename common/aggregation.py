@@ -191,10 +191,7 @@ class Masked(Frozen):
 
     def _check_ring(self, plan: TrainingPlan, ring: Ring) -> None:
         """Overflow is impossible: n·L fits, and no honest number is beyond L."""
-        try:
-            encoding = self.encoding(plan)
-        except ConfigurationError as error:
-            raise ValueError(str(error)) from None
+        encoding = self.encoding(plan)
         if ring.largest * encoding.step < self._bound(plan):
             raise ValueError(
                 f"ring.largest must be at least {self._bound(plan) / ring.step:.0f}, the plan's "
@@ -275,12 +272,7 @@ class SecureSum(Masked):
 
     def _check_ring(self, plan: TrainingPlan, ring: Ring) -> None:
         super()._check_ring(plan, ring)
-        longest = self._step(plan)
-        if ring.step > longest:
-            raise ValueError(
-                f"ring.step must be at most {longest:g}, so that rounding stays within the margin "
-                f"of the sensitivity and a share of noise has 64 steps, got {ring.step:g}"
-            )
+        self._privacy(plan).check_step(ring.step, plan)
 
     @staticmethod
     def _privacy(plan: TrainingPlan) -> DistributedPrivacy:

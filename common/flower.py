@@ -23,8 +23,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
     "COORDINATOR_NODE_ID",
+    "Around",
     "BaseGrid",
     "Run",
+    "holder_name",
     "incoming_message",
     "quiet_flower",
     "set_identity",
@@ -176,3 +178,72 @@ class BaseGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to :meth:`push_messages`, each handed out once."""
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+
+class Around(BaseGrid):
+    """A Grid around another: what it does not change is as the other has it.
+
+    Args:
+        grid: the other; where it is not one of ours, what only ours know is as if nobody knew.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid.run.run_id)
+        self._grid = grid
+        self._known = grid if isinstance(grid, BaseGrid) else None
+
+    @property
+    def run(self) -> Run:
+        """The other Grid's run."""
+        return self._grid.run
+
+    def set_run(self, run: Run) -> None:
+        """Operate in another run."""
+        self._grid.set_run(run)
+
+    def get_node_ids(self) -> list[int]:
+        """Whom the other Grid reaches."""
+        return list(self._grid.get_node_ids())
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Ask through the other Grid."""
+        return list(self._grid.send_and_receive(messages, timeout=timeout))
+
+    def holder_name(self, node_id: int) -> str:
+        """The name that the other Grid knows."""
+        return holder_name(self._grid, node_id)
+
+    def answered_by(self, reply: Message) -> Sequence[int]:
+        """The holders that a reply speaks for."""
+        return super().answered_by(reply) if self._known is None else self._known.answered_by(reply)
+
+    @property
+    def sums_unseen(self) -> bool:
+        """Whether the other Grid does."""
+        return self._known is not None and self._known.sums_unseen
+
+    def away(self) -> list[str]:
+        """Names of holders that the other Grid cannot ask now."""
+        return [] if self._known is None else self._known.away()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the other Grid is."""
+        return self._known is not None and self._known.complete
+
+    @property
+    def patience(self) -> float:
+        """The other Grid's."""
+        return 0.0 if self._known is None else self._known.patience
+
+    @property
+    def authority(self) -> Certificate | None:
+        """The other Grid's."""
+        return None if self._known is None else self._known.authority
+
+
+def holder_name(grid: Grid, node_id: int) -> str:
+    """The holder's name where the Grid knows names."""
+    return grid.holder_name(node_id) if isinstance(grid, BaseGrid) else f"node-{node_id}"

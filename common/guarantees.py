@@ -15,6 +15,7 @@ from common.errors import ConfigurationError
 from common.frozen import Frozen
 from common.privacy.accounting import distributed_noise, noise_multiplier, release_noise
 from common.privacy.events import (
+    FINEST_SHARE,
     Composition,
     DiscreteGaussian,
     DistributedGaussian,
@@ -159,7 +160,20 @@ class DistributedPrivacy(Frozen):
         but for less than any float can say (Kairouz et al. 2021, theorem 1).
         """
         rounding = 1e-3 * self.clip_norm / math.sqrt(_secure_sum(plan).dimension)
-        return min(rounding, self.share(plan) / 64)
+        return min(rounding, self.share(plan) / FINEST_SHARE)
+
+    def check_step(self, step: float, plan: TrainingPlan) -> None:
+        """Refuse a ring whose steps are longer than the price assumes.
+
+        Raises:
+            ConfigurationError: they are.
+        """
+        longest = self.longest_step(plan)
+        if step > longest:
+            raise ConfigurationError(
+                f"ring.step must be at most {longest:g}, so that rounding stays within the margin "
+                f"of the sensitivity and a share of noise has 64 steps, got {step:g}"
+            )
 
     def largest_number(self, plan: TrainingPlan) -> float:
         """What no coordinate of a holder's noised sum exceeds."""

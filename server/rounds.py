@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common.errors import ConfigurationError, RunError, WireError
-from common.flower import BaseGrid
+from common.flower import Around, BaseGrid, holder_name
 from common.guarantees import CentralPrivacy
 from common.plan import TrainingPlan
 from common.tasks.base import Task, derived_seed
@@ -48,7 +48,6 @@ __all__ = [
     "cohort_of",
     "evaluate",
     "exchange",
-    "holder_name",
     "result_of",
     "rounds",
     "wait_for_quorum",
@@ -85,27 +84,15 @@ MOST_LOST_IN_A_ROW = 3
 """After so many rounds in a row that gave nothing, the run stops and says so."""
 
 
-class _Cohort(BaseGrid):
+class _Cohort(Around):
     """A Grid that shows a strategy this round's holders and no others."""
 
     def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        super().__init__(grid.run.run_id)
-        self._grid, self._node_ids = grid, list(node_ids)
-        self._away = grid.away() if isinstance(grid, BaseGrid) else []
+        super().__init__(grid)
+        self._node_ids = list(node_ids)
 
     def get_node_ids(self) -> list[int]:
         return self._node_ids
-
-    def away(self) -> list[str]:
-        return self._away
-
-    def holder_name(self, node_id: int) -> str:
-        return holder_name(self._grid, node_id)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        return list(self._grid.send_and_receive(messages, timeout=timeout))
 
 
 def rounds(
@@ -465,8 +452,3 @@ def result_of(arrays: ArrayRecord | None, old: Vector) -> Vector:
     if array.dtype == "float32":
         return vector_of(array, what="aggregate")
     return np.asarray(array.numpy(), dtype=np.float32)
-
-
-def holder_name(grid: Grid, node_id: int) -> str:
-    """The holder's name where the Grid knows names."""
-    return grid.holder_name(node_id) if isinstance(grid, BaseGrid) else f"node-{node_id}"

@@ -29,7 +29,7 @@ from flwr.serverapp import Grid
 
 from common.aggregation import Masked
 from common.errors import AggregationFailed, WireError
-from common.flower import BaseGrid, stamp
+from common.flower import Around, BaseGrid, holder_name, stamp
 from common.link.signing import Trust
 from common.plan import TrainingPlan
 from common.privacy import distributed
@@ -47,7 +47,6 @@ from common.secagg.wire import (
     with_delivery,
 )
 from common.wire import RoundRequest, TrainReply, Vector, dropped_error, lost_error
-from server.rounds import holder_name
 
 __all__ = ["TRAINING_SHARE", "SecureGrid", "mean_update", "secured"]
 
@@ -64,7 +63,7 @@ def secured(grid: Grid, plan: TrainingPlan) -> Grid:
     return grid if sums or plan.aggregation.kind == "plain" else SecureGrid(grid, plan)
 
 
-class SecureGrid(BaseGrid):
+class SecureGrid(Around):
     """Gives the weighted mean of a cohort's updates, and no update.
 
     Args:
@@ -73,36 +72,14 @@ class SecureGrid(BaseGrid):
     """
 
     def __init__(self, grid: Grid, plan: TrainingPlan) -> None:
-        super().__init__(grid.run.run_id)
-        self._grid, self._plan = grid, plan
+        super().__init__(grid)
+        self._plan = plan
         self._speaks_for: WeakKeyDictionary[Message, Sequence[int]] = WeakKeyDictionary()
-
-    def get_node_ids(self) -> list[int]:
-        """Node ids of the holders that can be asked now."""
-        return list(self._grid.get_node_ids())
-
-    def holder_name(self, node_id: int) -> str:
-        """The name that the inner Grid knows."""
-        return holder_name(self._grid, node_id)
-
-    def away(self) -> list[str]:
-        """Whom the inner Grid knows and does not reach."""
-        return self._grid.away() if isinstance(self._grid, BaseGrid) else []
 
     @property
     def sums_unseen(self) -> bool:
         """That is what it is for."""
         return True
-
-    @property
-    def complete(self) -> bool:
-        """The inner Grid's."""
-        return isinstance(self._grid, BaseGrid) and self._grid.complete
-
-    @property
-    def patience(self) -> float:
-        """The inner Grid's."""
-        return self._grid.patience if isinstance(self._grid, BaseGrid) else 0.0
 
     def answered_by(self, reply: Message) -> Sequence[int]:
         """The holders whose sum a reply is."""

@@ -16,11 +16,12 @@ from flwr.serverapp import Grid
 
 from common.durable import write_bytes
 from common.errors import RunError, WireError
+from common.flower import holder_name
 from common.privacy.statistics import Layout
 from common.statistics import Statistics, statistics_of
 from common.statistics_plan import StatisticsPlan
 from common.wire import Integers, StatisticsReply, StatisticsRequest
-from server.rounds import exchange, holder_name, wait_for_quorum
+from server.rounds import exchange, wait_for_quorum
 
 __all__ = ["Gathered", "StatisticsFolder", "gather"]
 

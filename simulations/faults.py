@@ -23,7 +23,7 @@ from flwr.app import Message, MessageType
 
 from common.data.schema import Schema
 from common.errors import ConfigurationError, WireError
-from common.flower import BaseGrid, Run
+from common.flower import Around, BaseGrid
 from common.plan import TrainingPlan
 from common.secagg.wire import STEPS, message_type_of
 from common.tasks.base import HolderTables, Task, derived_seed, generator
@@ -419,7 +419,7 @@ class _Cast:
     waited: float = 0.0
 
 
-class FaultyGrid(BaseGrid):
+class FaultyGrid(Around):
     """Another Grid, whose holders fail as they are told to when they are asked to train.
 
     One that stays silent is not asked: its privacy and its private parameters stay where they are.
@@ -435,53 +435,12 @@ class FaultyGrid(BaseGrid):
     def __init__(
         self, grid: BaseGrid, faults: Faults, seed: int, happened: list[RoundFaults]
     ) -> None:
-        super().__init__(grid.run.run_id)
-        self._grid, self._faults, self._seed, self._happened = grid, faults, seed, happened
+        super().__init__(grid)
+        self._grid: BaseGrid = grid
+        self._faults, self._seed, self._happened = faults, seed, happened
         names = [grid.holder_name(node) for node in grid.get_node_ids()]
         byzantine = faults.byzantine
         self._malicious = byzantine.malicious(names, seed) if byzantine else frozenset[str]()
-
-    # -- as the other Grid has it ------------------------------------------------------------
-
-    @property
-    def run(self) -> Run:
-        """The other Grid's run."""
-        return self._grid.run
-
-    def set_run(self, run: Run) -> None:
-        """Operate in another run."""
-        self._grid.set_run(run)
-
-    def get_node_ids(self) -> list[int]:
-        """Whoever the other Grid reaches: a fault shows only when a holder is asked."""
-        return self._grid.get_node_ids()
-
-    def holder_name(self, node_id: int) -> str:
-        """The holder's own name."""
-        return self._grid.holder_name(node_id)
-
-    def away(self) -> list[str]:
-        """Names of holders that the other Grid cannot ask now."""
-        return self._grid.away()
-
-    @property
-    def patience(self) -> float:
-        """The other Grid's."""
-        return self._grid.patience
-
-    @property
-    def sums_unseen(self) -> bool:
-        """Whether the other Grid does."""
-        return self._grid.sums_unseen
-
-    @property
-    def complete(self) -> bool:
-        """Whether the other Grid is: who is silent is there all the same."""
-        return self._grid.complete
-
-    def answered_by(self, reply: Message) -> Sequence[int]:
-        """The holders that a reply speaks for."""
-        return self._grid.answered_by(reply)
 
     # -- with faults -------------------------------------------------------------------------
 

@@ -156,10 +156,5 @@ def _step(plan: TrainingPlan) -> float:
     ring = _secure_sum(plan).ring
     if ring is None:
         raise ConfigurationError("this plan is not calibrated: build it with plan_for")
-    longest = _privacy(plan).longest_step(plan)
-    if ring.step > longest:
-        raise ConfigurationError(
-            f"ring.step must be at most {longest:g}, so that rounding stays within the margin of "
-            f"the sensitivity and a share of noise has 64 steps, got {ring.step:g}"
-        )
+    _privacy(plan).check_step(ring.step, plan)
     return ring.step

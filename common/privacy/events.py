@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from common.errors import ConfigurationError
 from common.texts import read_json
@@ -122,19 +122,15 @@ def gaussian(noise_multiplier: float, releases: int) -> SubsampledGaussian:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class DiscreteGaussian:
-    """Releases of an integer vector with discrete Gaussian noise in each coordinate.
-
-    The noise is N_Z(0, σ²), which takes the integer x with probability proportional to
-    exp(−x²/2σ²) (Canonne, Kamath & Steinke 2020, "The discrete Gaussian for differential
-    privacy", definition 1). One unit moves the vector by an L2 norm of at most 1. Being of
-    integers, that is one coordinate by one: a histogram in which one unit is in one cell.
+class _NoisedIntegers:
+    """Releases of an integer vector with noise: what its kinds have in common.
 
     Args:
-        noise_multiplier: σ; positive. The noise's standard deviation is at most that, and for σ
-            above 1 practically that.
+        noise_multiplier: σ; positive. Each kind says of what, and over what.
         releases: how many such vectors; at least 1.
     """
+
+    MECHANISM: ClassVar[str]
 
     noise_multiplier: float
     releases: int
@@ -155,11 +151,29 @@ class DiscreteGaussian:
 
     def to_dict(self) -> dict[str, object]:
         """As JSON has it."""
-        return {"mechanism": "discrete-gaussian", **asdict(self)}
+        return {"mechanism": self.MECHANISM, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class DistributedGaussian:
+class DiscreteGaussian(_NoisedIntegers):
+    """Releases of an integer vector with discrete Gaussian noise in each coordinate.
+
+    The noise is N_Z(0, σ²), which takes the integer x with probability proportional to
+    exp(−x²/2σ²) (Canonne, Kamath & Steinke 2020, "The discrete Gaussian for differential
+    privacy", definition 1). One unit moves the vector by an L2 norm of at most 1. Being of
+    integers, that is one coordinate by one: a histogram in which one unit is in one cell.
+
+    Args:
+        noise_multiplier: σ; positive. The noise's standard deviation is at most that, and for σ
+            above 1 practically that.
+        releases: how many such vectors; at least 1.
+    """
+
+    MECHANISM: ClassVar[str] = "discrete-gaussian"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class DistributedGaussian(_NoisedIntegers):
     """Releases of a sum over parties, each of which added a share of discrete Gaussian noise.
 
     Every party has an integer vector and adds independent noise of N_Z(0, σ_s²) to each of its
@@ -176,26 +190,7 @@ class DistributedGaussian:
         releases: how many such sums; at least 1.
     """
 
-    noise_multiplier: float
-    releases: int
-
-    def __post_init__(self) -> None:
-        _check_noise(self.noise_multiplier)
-        _check_count("releases", self.releases)
-        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
-
-    @property
-    def count(self) -> int:
-        """How many releases."""
-        return self.releases
-
-    def times(self, count: int) -> Self:
-        """``count`` such releases."""
-        return replace(self, releases=count)
-
-    def to_dict(self) -> dict[str, object]:
-        """As JSON has it."""
-        return {"mechanism": "distributed-gaussian", **asdict(self)}
+    MECHANISM: ClassVar[str] = "distributed-gaussian"
 
 
 @dataclass(frozen=True, slots=True, order=True)
