@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -33,10 +33,9 @@ from common.flower import Around, BaseGrid, holder_name, stamp
 from common.link.signing import Trust
 from common.plan import TrainingPlan
 from common.privacy import distributed
-from common.secagg import coordinator
+from common.secagg import coordinator, messages
 from common.secagg.messages import Advertisement, Confirmation, EncryptedShares, Unmasking
 from common.secagg.ring import RingVector
-from common.secagg.session import Session
 from common.secagg.wire import (
     MaskedReply,
     Step,
@@ -127,16 +126,7 @@ def _masked(plan: TrainingPlan) -> Masked:
     return plan.aggregation
 
 
-class _Body(Protocol):
-    """A message of the protocol."""
-
-    @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Read it; raises WireError."""
-        ...
-
-
-_Kind = TypeVar("_Kind", bound=_Body)
+_Kind = TypeVar("_Kind", bound=messages.Message)
 _Taken = TypeVar("_Taken", contravariant=True)
 
 

@@ -18,6 +18,7 @@ another is taken where there is one to spare; a sum is exact, or it does not com
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Generic, TypeVar, cast
 
@@ -54,7 +55,7 @@ _Message = TypeVar("_Message")
 _Kept = TypeVar("_Kept")
 
 
-class _Stage(Generic[_Message, _Kept]):
+class _Stage(ABC, Generic[_Message, _Kept]):
     """A stage: who may answer, and what is kept of the answers.
 
     Args:
@@ -97,9 +98,9 @@ class _Stage(Generic[_Message, _Kept]):
         """Count a holder as dropped, e.g. because its message could not be decoded."""
         self.rejected.setdefault(name, sentence)
 
+    @abstractmethod
     def _take(self, name: str, message: _Message) -> _Kept:
         """What is to be kept of a message; WireError or Refusal if it is not right."""
-        raise NotImplementedError
 
     def _enough(self, of: int | None = None) -> None:
         if len(self._received) < self.session.threshold:

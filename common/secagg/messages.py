@@ -22,10 +22,11 @@ does is bounded. Whether a message is *right* is for the states to find out.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 from common.errors import WireError
 from common.link.signing import Credential
@@ -39,6 +40,7 @@ __all__ = [
     "Confirmations",
     "Delivery",
     "EncryptedShares",
+    "Message",
     "Roster",
     "Survivors",
     "Unmasking",
@@ -54,8 +56,40 @@ _LONGEST_NAME = 255
 _LONGEST_CREDENTIAL = 2**14
 
 
+class Message(ABC):
+    """What every message is: there is one way to write it, and one to read it."""
+
+    KIND: ClassVar[bytes]
+    """The byte that it begins with."""
+
+    def to_bytes(self) -> bytes:
+        """The message as it travels."""
+        writer = _Writer(self.KIND)
+        self._write(writer)
+        return writer.data
+
+    @classmethod
+    def from_bytes(cls, data: bytes, session: Session) -> Self:
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            WireError: it is not such a message.
+        """
+        with _Reader(cls.KIND, data, session) as reader:
+            return cls._read(reader)
+
+    @abstractmethod
+    def _write(self, writer: _Writer) -> None:
+        """Write all fields."""
+
+    @classmethod
+    @abstractmethod
+    def _read(cls, reader: _Reader) -> Self:
+        """Read what :meth:`_write` wrote."""
+
+
 @dataclass(frozen=True)
-class Advertisement:
+class Advertisement(Message):
     """What a holder shows of itself in AdvertiseKeys.
 
     Args:
@@ -65,6 +99,8 @@ class Advertisement:
         mask_key: s_u^PK, with which masks are agreed on; 32 bytes.
         signature: for all of the above in this session.
     """
+
+    KIND = b"A"
 
     session: bytes
     credential: Credential
@@ -82,23 +118,9 @@ class Advertisement:
         credential = hashlib.sha256(self.credential.to_bytes()).digest()
         return session.context("AdvertiseKeys", credential, self.box_key, self.mask_key)
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return self._written(_Writer(b"A")).data
-
-    @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"A", data, session) as reader:
-            return cls._read(reader)
-
-    def _written(self, writer: _Writer) -> _Writer:
+    def _write(self, writer: _Writer) -> None:
         writer.raw(self.session).raw(self.box_key).raw(self.mask_key).raw(self.signature)
-        return writer.sized(self.credential.to_bytes())
+        writer.sized(self.credential.to_bytes())
 
     @classmethod
     def _read(cls, reader: _Reader) -> Self:
@@ -110,12 +132,14 @@ class Advertisement:
 
 
 @dataclass(frozen=True)
-class Roster:
+class Roster(Message):
     """Who takes part: U1.
 
     Args:
         advertisements: in order of names.
     """
+
+    KIND = b"R"
 
     advertisements: tuple[Advertisement, ...]
 
@@ -130,10 +154,7 @@ class Roster:
 
     @cached_property
     def _bytes(self) -> bytes:
-        writer = _Writer(b"R").number(len(self.advertisements))
-        for advertisement in self.advertisements:
-            advertisement._written(writer)
-        return writer.data
+        return super().to_bytes()
 
     @cached_property
     def _digest(self) -> bytes:
@@ -142,19 +163,18 @@ class Roster:
     def __hash__(self) -> int:
         return hash(self._digest)
 
-    @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
+    def _write(self, writer: _Writer) -> None:
+        writer.number(len(self.advertisements))
+        for advertisement in self.advertisements:
+            advertisement._write(writer)
 
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"R", data, session) as reader:
-            return cls(tuple(Advertisement._read(reader) for _ in range(reader.count())))
+    @classmethod
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(tuple(Advertisement._read(reader) for _ in range(reader.count())))
 
 
 @dataclass(frozen=True)
-class EncryptedShares:
+class EncryptedShares(Message):
     """A holder's secrets, shared among its neighbours.
 
     Args:
@@ -162,126 +182,101 @@ class EncryptedShares:
         boxes: recipient → e_{u,v}: a share of s_u^SK and one of b_u, encrypted for it.
     """
 
+    KIND = b"E"
+
     commitment: bytes
     boxes: Mapping[str, bytes]
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return _Writer(b"E").raw(self.commitment).entries(self.boxes).data
+    def _write(self, writer: _Writer) -> None:
+        writer.raw(self.commitment).entries(self.boxes)
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"E", data, session) as reader:
-            return cls(reader.raw(KEY_BYTES), reader.entries(BOX_BYTES))
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(reader.raw(KEY_BYTES), reader.entries(BOX_BYTES))
 
 
 @dataclass(frozen=True)
-class Delivery:
+class Delivery(Message):
     """What the neighbours that are still there, U2, have encrypted for one holder.
 
     Args:
         boxes: sender → e_{v,u}.
     """
 
+    KIND = b"D"
+
     boxes: Mapping[str, bytes]
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return _Writer(b"D").entries(self.boxes).data
+    def _write(self, writer: _Writer) -> None:
+        writer.entries(self.boxes)
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"D", data, session) as reader:
-            return cls(reader.entries(BOX_BYTES))
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(reader.entries(BOX_BYTES))
 
 
 @dataclass(frozen=True)
-class Survivors:
+class Survivors(Message):
     """Whose masked input was counted: U3.
 
     Args:
         names: of the holders.
     """
 
+    KIND = b"S"
+
     names: frozenset[str]
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return _Writer(b"S").entries(dict.fromkeys(self.names, b"")).data
+    def _write(self, writer: _Writer) -> None:
+        writer.entries(dict.fromkeys(self.names, b""))
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"S", data, session) as reader:
-            return cls(frozenset(reader.entries(0)))
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(frozenset(reader.entries(0)))
 
 
 @dataclass(frozen=True)
-class Confirmation:
+class Confirmation(Message):
     """A holder's word that it was shown one list of survivors, and will be shown no other.
 
     Args:
         signature: for U3.
     """
 
+    KIND = b"C"
+
     signature: bytes
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return _Writer(b"C").raw(self.signature).data
+    def _write(self, writer: _Writer) -> None:
+        writer.raw(self.signature)
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"C", data, session) as reader:
-            return cls(reader.raw(SIGNATURE_BYTES))
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(reader.raw(SIGNATURE_BYTES))
 
 
 @dataclass(frozen=True)
-class Confirmations:
+class Confirmations(Message):
     """What the holders that answered the consistency check, U4, have signed.
 
     Args:
         signatures: holder → its signature for U3.
     """
 
+    KIND = b"L"
+
     signatures: Mapping[str, bytes]
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        return _Writer(b"L").entries(self.signatures).data
+    def _write(self, writer: _Writer) -> None:
+        writer.entries(self.signatures)
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"L", data, session) as reader:
-            return cls(reader.entries(SIGNATURE_BYTES))
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(reader.entries(SIGNATURE_BYTES))
 
 
 @dataclass(frozen=True)
-class Unmasking:
+class Unmasking(Message):
     """Of each neighbour one share: of one kind or of the other.
 
     Args:
@@ -289,25 +284,18 @@ class Unmasking:
         mask_key_shares: neighbour in U2 but not in U3 → share of its s_v^SK.
     """
 
+    KIND = b"U"
+
     self_mask_shares: Mapping[str, int]
     mask_key_shares: Mapping[str, int]
 
-    def to_bytes(self) -> bytes:
-        """The message as it travels."""
-        writer = _Writer(b"U")
+    def _write(self, writer: _Writer) -> None:
         for shares in (self.self_mask_shares, self.mask_key_shares):
             writer.entries({n: s.to_bytes(SHARE_BYTES, "big") for n, s in shares.items()})
-        return writer.data
 
     @classmethod
-    def from_bytes(cls, data: bytes, session: Session) -> Self:
-        """Inverse of :meth:`to_bytes`.
-
-        Raises:
-            WireError: it is not such a message.
-        """
-        with _Reader(b"U", data, session) as reader:
-            return cls(reader.shares(), reader.shares())
+    def _read(cls, reader: _Reader) -> Self:
+        return cls(reader.shares(), reader.shares())
 
 
 class _Writer:
