@@ -8,6 +8,7 @@
     ├── WireError            a message that is not what the contract says
     ├── LinkError            a connection or identity that cannot be used
     ├── StateError           a state folder, checkpoint or ledger that cannot be trusted
+    │   └── StorageError     ... or that a disk or a lock did not let us use; later it may
     ├── Refusal              a holder declines a request; ``code`` names the rule
     │   ├── BudgetExceeded   ... because the ledger would pass its budget
     │   └── ProtocolViolation ... because the coordinator broke secure aggregation
@@ -34,6 +35,7 @@ __all__ = [
     "RunError",
     "SottoError",
     "StateError",
+    "StorageError",
     "WireError",
 ]
 
@@ -60,6 +62,14 @@ class LinkError(SottoError):
 
 class StateError(SottoError):
     """A state folder, checkpoint or ledger that cannot be trusted."""
+
+
+class StorageError(StateError):
+    """A disk or a lock did not let us: full, read-only, gone, or held by another process.
+
+    Nothing is known to be wrong with what is stored. The same call may succeed once there is room,
+    or the lock is let go; of a reservation it costs nothing more.
+    """
 
 
 class RunError(SottoError):

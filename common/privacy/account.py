@@ -1,80 +1,84 @@
-"""A holder's account in memory: entries folded into compositions, and the budget's rule."""
+"""A holder's account: entries folded into compositions, and the budget's rule.
+
+What is in memory grows with the number of data sets, of runs, and of different mechanisms within a
+run; a run of ten thousand rounds is one composition of one mechanism. What grows with the number of
+requests is kept by :mod:`common.privacy.index`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from common.errors import BudgetExceeded
 from common.privacy.accounting import affordable, epsilon
 from common.privacy.events import Composition, Unprotected
-from common.privacy.releases import Budget, Entry, Release, Remark, Reservation
+from common.privacy.index import Index, Known
+from common.privacy.releases import Budget, Entry, Release, Remark
 
 __all__ = ["Account"]
-
-_RESTORED = "(restored)"
-"""Stands among a data set's runs for what an older copy of the ledger does not know."""
 
 
 class Account:
     """What the entries so far add up to. The ledger feeds it each entry once, in order."""
 
     def __init__(self) -> None:
-        self._reservations: dict[str, Reservation] = {}
-        # Data set → run → what that run released.
-        self._spent: dict[str, dict[str, Composition]] = {}
+        self._index = Index()
+        # Data set → what was released about it, by all runs, and by each.
+        self._totals: dict[str, Composition] = {}
+        self._runs: dict[tuple[str, str], Composition] = {}
         self._affordable: dict[tuple[str, Budget], Composition] = {}
-        # Data set → day, YYYY-MM-DD in UTC → the rounds of runs that anything was released for.
-        self._days: dict[str, dict[str, set[tuple[str, int]]]] = {}
+        self._restored: set[str] = set()
         self._holder: Remark | None = None
 
-    def apply(self, entry: Entry) -> None:
-        """Take in the next entry.
+    def close(self) -> None:
+        """Forget everything."""
+        self._index.close()
+
+    def apply(self, entry: Entry, digest: str) -> None:
+        """Take in the next entry. What fails changes nothing.
+
+        Args:
+            entry: that follows the last one.
+            digest: of it.
 
         Raises:
             ValueError: it does not follow from those before; the ledger is not one we wrote.
+            StorageError: there is no room to remember it.
         """
         if entry.state == "holder":
             self._holder = entry.remark
-            return
-        if entry.remark is not None:
+        elif entry.remark is not None:
             self._take_note(entry.remark, lost=entry.state == "restored")
-            return
-        before = self._reservations.get(entry.request_id)
-        if entry.state == "reserved":
-            self._reserve(entry, before)
-            return
-        if before is None or before.state != "reserved":
-            state = before.state if before else "not reserved"
-            raise ValueError(f"{entry.request_id!r} is {state}, it cannot become {entry.state}")
-        self._reservations[entry.request_id] = replace(
-            before, state="committed", reply_digest=entry.reply_digest
-        )
+        elif entry.state == "reserved":
+            self._reserve(entry, digest)
+        else:
+            self._commit(entry)
 
     @property
     def holder(self) -> Remark | None:
         """Whose the account is, as it was said last; None if it never was."""
         return self._holder
 
-    def find(self, request_id: str) -> Reservation | None:
+    def find(self, request_id: str) -> Known | None:
         """Where a request stands; None if it was never made."""
-        return self._reservations.get(request_id)
+        return self._index.find(request_id)
 
-    def reservations(self) -> list[Reservation]:
-        """Every release, in the order of reserving."""
-        return list(self._reservations.values())
+    def unresolved(self) -> list[Known]:
+        """Requests that are reserved and not committed, in the order of reserving."""
+        return self._index.unresolved()
 
     def data_sets(self) -> list[str]:
         """Names of the data sets that any entry is about."""
-        return sorted(self._spent)
+        return sorted(self._totals)
 
     def spent(self, data_set: str, run_id: str | None = None) -> Composition:
         """Everything reserved or committed on a data set, or by one run on it."""
-        runs = self._spent.get(data_set, {})
-        return Composition.sum(runs.values()) if run_id is None else runs.get(run_id, Composition())
+        if run_id is None:
+            return self._totals.get(data_set, Composition())
+        return self._runs.get((data_set, run_id), Composition())
 
-    def rounds_since(self, data_set: str, day: str) -> set[tuple[str, int]]:
-        """Run and number of the rounds that anything was reserved for on a day or later.
+    def rounds_since(self, data_set: str, day: str) -> int:
+        """How many rounds anything was reserved for on a day or later; each counts once.
 
         Later days count so that a clock that was set back gives nothing away.
 
@@ -82,8 +86,12 @@ class Account:
             data_set: whose.
             day: UTC, ``YYYY-MM-DD``.
         """
-        days = self._days.get(data_set, {})
-        return set().union(*(rounds for found, rounds in days.items() if found >= day))
+        return self._index.rounds_since(data_set, day)
+
+    def answered_since(self, release: Release, day: str) -> bool:
+        """Whether a release's round is among those."""
+        last = self._index.last_day(release)
+        return last is not None and last >= day
 
     def check(self, release: Release, budget: Budget | None, planned: Composition) -> None:
         """Whether a release fits the budget together with the rest of its run.
@@ -99,13 +107,14 @@ class Account:
         """
         if budget is None:
             return
-        data_set, run_id = release.data_set, release.run_id
+        data_set = release.data_set
         if isinstance(release.event, Unprotected):
             raise self._unprotected_asked(release, budget)
-        runs = self._spent.get(data_set, {})
-        others = Composition.sum(spent for run, spent in runs.items() if run != run_id)
-        this_run = runs.get(run_id, Composition()) + Composition.of(release.event)
-        total = others + this_run.join(planned)
+        event = Composition.of(release.event)
+        this_run = self.spent(data_set, release.run_id) + event
+        # With others = spent - this run, others + this_run.join(planned) is just this; and it
+        # takes no longer for the thousandth run than for the first.
+        total = self.spent(data_set) + event + planned.beyond(this_run)
         if not self.affords(data_set, budget, total):
             raise self._exceeded(release, budget, total)
 
@@ -123,24 +132,34 @@ class Account:
         self._affordable[data_set, budget] = total
         return True
 
-    def _reserve(self, entry: Entry, before: Reservation | None) -> None:
-        if entry.release is None or entry.release.request_id != entry.request_id:
-            raise ValueError(f"{entry.request_id!r} is reserved without its terms")
-        if before is not None:
-            raise ValueError(f"{entry.request_id!r} is {before.state} and is reserved again")
-        release = entry.release
-        self._reservations[entry.request_id] = Reservation(release, "reserved")
-        runs = self._spent.setdefault(release.data_set, {})
-        spent = runs.get(release.run_id, Composition())
-        runs[release.run_id] = spent + Composition.of(release.event)
-        days = self._days.setdefault(release.data_set, {})
-        days.setdefault(entry.time[:10], set()).add((release.run_id, release.round))
+    def _reserve(self, entry: Entry, digest: str) -> None:
+        name, release = entry.request_id, entry.release
+        if release is None or release.request_id != name:
+            raise ValueError(f"{name!r} is reserved without its terms")
+        if (before := self.find(name)) is not None:
+            raise ValueError(f"{name!r} is {_state(before)} and is reserved again")
+        event = Composition.of(release.event)
+        total = self.spent(release.data_set) + event
+        this_run = self.spent(release.data_set, release.run_id) + event
+        # First what may fail, for want of room: half of an entry must not count.
+        known = Known(name, entry.number, digest, None)
+        self._index.reserve(known, release, entry.time[:10])
+        self._totals[release.data_set] = total
+        self._runs[release.data_set, release.run_id] = this_run
+
+    def _commit(self, entry: Entry) -> None:
+        before = self.find(entry.request_id)
+        if before is None or before.committed:
+            raise ValueError(f"{entry.request_id!r} is {_state(before)}, it cannot be committed")
+        self._index.commit(entry.request_id, entry.reply_digest)
 
     def _take_note(self, remark: Remark, *, lost: bool) -> None:
         for data_set in remark.data_sets:
-            runs = self._spent.setdefault(data_set, {})
+            total = self.spent(data_set)
             if lost:  # anything may have been released: no guarantee can be derived any more
-                runs[_RESTORED] = Composition.of(Unprotected())
+                total += Composition.of(Unprotected())
+                self._restored.add(data_set)
+            self._totals[data_set] = total
 
     # -- sentences ---------------------------------------------------------------------------
 
@@ -174,13 +193,19 @@ class Account:
 
     def _infinite(self, data_set: str, budget: Budget) -> BudgetExceeded:
         why = "something was released from it without a privacy guarantee"
-        if _RESTORED in self._spent[data_set]:
+        if data_set in self._restored:
             why = "the ledger was restored from an older copy, and what that lacks is not known"
         return BudgetExceeded(
             f"data set {data_set!r}: {why}, so its ε is infinite and no budget can hold "
             f"(δ={budget.delta:g}); use another data set, or a plan and a policy without privacy",
             left=0.0,
         )
+
+
+def _state(known: Known | None) -> str:
+    if known is None:
+        return "not reserved"
+    return "committed" if known.committed else "reserved"
 
 
 def _up(value: float, places: int) -> str:

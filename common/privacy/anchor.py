@@ -13,14 +13,15 @@ back together; an anchor on another disk makes that harder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.durable import sync_folder
-from common.errors import StateError
+from common.errors import StorageError
+from common.privacy.releases import GENESIS
 
-__all__ = ["Anchor", "Head", "contradiction"]
+__all__ = ["EMPTY", "Anchor", "Head", "contradiction"]
 
 _NUMBER, _DIGEST = 15, 64
 _LINE = _NUMBER + 1 + _DIGEST + 1
@@ -54,6 +55,10 @@ class Head:
         return head if head.line() == line else None
 
 
+EMPTY = Head(0, GENESIS)
+"""Of a ledger without entries."""
+
+
 class Anchor:
     """Heads in a file, one to a line; the last whole line counts.
 
@@ -73,7 +78,7 @@ class Anchor:
         A torn or damaged end is passed over, which is as if the head were a little older.
 
         Raises:
-            StateError: the file is there and cannot be read.
+            StorageError: the file is there and cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -97,7 +102,7 @@ class Anchor:
                 crash of a process, may lose it.
 
         Raises:
-            StateError: it cannot be written.
+            StorageError: it cannot be written.
         """
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -114,34 +119,45 @@ class Anchor:
         except OSError as error:
             raise self._unusable(error) from None
 
-    def _unusable(self, error: OSError) -> StateError:
-        return StateError(
+    def _unusable(self, error: OSError) -> StorageError:
+        return StorageError(
             f"the ledger's head {self.path} cannot be used ({error.strerror}); nothing is released "
             "without it. Check that its disk is there, writable and not full"
         )
 
 
-def contradiction(anchors: Iterable[Anchor], digests: Sequence[str]) -> str:
+def contradiction(
+    anchors: Iterable[Anchor], end: Head, digest_at: Callable[[int], str | None]
+) -> str:
     """How the first anchor that does not bear a chain out differs from it; empty if all do.
+
+    An anchor that is behind is compared with the digest that the ledger's file has for its entry,
+    which was found to follow from those before it when the file was opened. If somebody changed
+    it since, then the anchor contradicts it, or was changed along with it; and whoever can do that
+    could have cut the anchor's last lines off instead.
 
     Args:
         anchors: of a ledger.
-        digests: of its entries in order, the genesis first.
+        end: its last entry, as the process knows it; :data:`EMPTY` if there is none.
+        digest_at: an entry before that → its digest in the file; None if there is none.
 
     Raises:
-        StateError: an anchor cannot be read.
+        StorageError: an anchor cannot be read.
     """
-    return next(filter(None, (_differs(anchor, digests) for anchor in anchors)), "")
+    return next(filter(None, (_differs(anchor, end, digest_at) for anchor in anchors)), "")
 
 
-def _differs(anchor: Anchor, digests: Sequence[str]) -> str:
-    head, last = anchor.read(), len(digests) - 1
+def _differs(anchor: Anchor, end: Head, digest_at: Callable[[int], str | None]) -> str:
+    head = anchor.read()
     if head is None:
         # A new ledger has no head yet, and gets it before its first entry.
-        missing = f"{anchor.path} is missing or damaged, and should know of {last} entries"
-        return missing if last else ""
-    if head.number > last:
-        return f"{anchor.path} knows of entry {head.number} and the ledger ends at entry {last}"
-    if digests[head.number] != head.digest:
+        missing = f"{anchor.path} is missing or damaged, and should know of {end.number} entries"
+        return missing if end.number else ""
+    if head.number > end.number:
+        return (
+            f"{anchor.path} knows of entry {head.number} and the ledger ends at entry {end.number}"
+        )
+    known = end.digest if head.number == end.number else digest_at(head.number)
+    if known != head.digest:
         return f"{anchor.path} knows another entry {head.number} than the ledger has"
     return ""

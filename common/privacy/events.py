@@ -366,6 +366,17 @@ class Composition:
             )
         )
 
+    def beyond(self, other: Composition) -> Composition:
+        """What this has that ``other`` lacks: of each mechanism, by how much its count is larger.
+
+        ``other + self.beyond(other) == other.join(self)``.
+        """
+        theirs = other._counts()
+        more = {event.times(1): event.count - theirs.get(event.times(1), 0) for event in self}
+        return Composition(
+            tuple(mechanism.times(count) for mechanism, count in more.items() if count > 0)
+        )
+
     def covers(self, other: Composition) -> bool:
         """Whether every event of ``other`` is here at least as often.
 

@@ -16,6 +16,8 @@ How it holds:
 * An older copy of a ledger is a sound chain too, so the last entry is noted beside it after every
   write (:mod:`common.privacy.anchor`), and the two are compared before every write. A ledger that
   was rolled back is refused until somebody says, in the chain, that its end is lost.
+* What it needs of old entries it reads again, and believes only what fits a digest that it knows:
+  memory does not grow with the number of entries (:mod:`common.privacy.account`).
 * SQLite in WAL mode with ``synchronous=FULL``: an entry that was returned from is on the disk.
 
 One :class:`Ledger` may be used by several threads. It must not be carried across ``fork``: SQLite's
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -35,17 +37,18 @@ from typing import Literal, Self
 from common.errors import ConfigurationError, Refusal, StateError
 from common.privacy.account import Account
 from common.privacy.accounting import epsilon
-from common.privacy.anchor import Anchor, Head, contradiction
+from common.privacy.anchor import EMPTY, Anchor, Head, contradiction
 from common.privacy.events import Composition
+from common.privacy.index import Known
 from common.privacy.limits import NO_LIMITS, Limits, refusals
 from common.privacy.releases import (
-    GENESIS,
     Budget,
     Entry,
     Kind,
     Release,
     Remark,
     Reservation,
+    State,
 )
 from common.privacy.storage import EntryStore, rolled_back
 
@@ -68,7 +71,8 @@ class Ledger:
         self._anchors = tuple(anchors)
         self._lock = threading.RLock()
         self._account = Account()
-        self._digests = [GENESIS]
+        # The last entry folded in. Its digest stands for all before it: no other entries have it.
+        self._head = EMPTY
 
     @classmethod
     def open(cls, path: Path | str, anchors: Iterable[Path] = ()) -> Self:
@@ -89,7 +93,7 @@ class Ledger:
         places = _anchors(path, named)
         if places and not Path(path).exists():
             # Before a file is made: a new account must not begin where one was.
-            _check(places, [GENESIS], str(path))
+            _compare(places, EMPTY, lambda _: None, str(path))
         return cls.checked(EntryStore.open(path), places)
 
     @classmethod
@@ -148,6 +152,7 @@ class Ledger:
         """Close the file. Nothing is lost by not doing so."""
         with self._lock:
             self._store.close()
+            self._account.close()
 
     def __enter__(self) -> Self:
         return self
@@ -187,7 +192,7 @@ class Ledger:
         """
         # A power cut may lose the head of a reservation: nothing has left for it.
         with self._writing(durable_head=False):
-            before = self._account.find(release.request_id)
+            before = self._find(release.request_id)
             if before is not None:
                 _check_same(before.release, release)
                 return replace(before, repeated=True)
@@ -207,7 +212,7 @@ class Ledger:
             StateError: it is not reserved, or was committed with another reply.
         """
         with self._writing():
-            before = self._account.find(request_id)
+            before = self._find(request_id)
             if before is not None and before.state == "committed":
                 if before.reply_digest == reply_digest:
                     return before
@@ -238,7 +243,7 @@ class Ledger:
             with self._writing():
                 # Another process may have committed its own answer since.
                 now = self._account.find(name)
-                digest = stored(name) if now and now.state == "reserved" else None
+                digest = stored(name) if now and not now.committed else None
                 if digest is None:
                     continue
                 self._append("committed", name, reply_digest=digest)
@@ -297,7 +302,7 @@ class Ledger:
     ) -> list[Refusal]:
         """Everything for which :meth:`reserve` would refuse; nothing is written."""
         with self._reading() as account:
-            before = account.find(release.request_id)
+            before = self._find(release.request_id)
             if before is None:
                 return list(refusals(account, release, budget, planned, limits))
             different = before.release.differences(release)
@@ -306,12 +311,12 @@ class Ledger:
     def rounds_since(self, data_set: str, day: str) -> int:
         """How many rounds anything was reserved for on a day (UTC, ``YYYY-MM-DD``) or later."""
         with self._reading() as account:
-            return len(account.rounds_since(data_set, day))
+            return account.rounds_since(data_set, day)
 
     def find(self, request_id: str) -> Reservation | None:
         """Where a request stands; None if it was never made."""
-        with self._reading() as account:
-            return account.find(request_id)
+        with self._reading():
+            return self._find(request_id)
 
     def data_sets(self) -> list[str]:
         """Names of the data sets that any entry is about."""
@@ -321,11 +326,8 @@ class Ledger:
     def reserved(self, data_set: str | None = None) -> list[Reservation]:
         """Reservations that nothing has resolved, of every data set or of one, oldest first."""
         with self._reading() as account:
-            return [
-                item
-                for item in account.reservations()
-                if item.state == "reserved" and data_set in (None, item.release.data_set)
-            ]
+            items = [self._reservation(known) for known in account.unresolved()]
+        return [item for item in items if data_set in (None, item.release.data_set)]
 
     def composition(self, data_set: str, *, run_id: str | None = None) -> Composition:
         """Everything reserved or committed on a data set, or by one run on it."""
@@ -338,11 +340,9 @@ class Ledger:
 
     def entries(self, data_set: str | None = None) -> list[Entry]:
         """The entries in order, of every data set or of one."""
-        with self._reading() as account:
-            found = [entry for entry, _ in self._store.after(0, GENESIS)]
-            if data_set is None:
-                return found
-            return [entry for entry in found if data_set in _data_sets_of(entry, account)]
+        with self._lock:
+            entries = (entry for entry, _ in self._store.after(EMPTY))
+            return list(entries if data_set is None else _about(entries, data_set))
 
     def verify(self) -> None:
         """Recompute the whole chain from the file, and compare the anchors.
@@ -351,17 +351,17 @@ class Ledger:
             StateError: naming the first entry that is not as it was written, or the anchor that
                 knows of more.
         """
-        with self._lock, self._store.transaction():
-            account, digests = Account(), [GENESIS]
-            for entry, digest in self._store.after(0, GENESIS):
-                self._fold(account, entry)
-                digests.append(digest)
-            for number, (known, found) in enumerate(zip(self._digests, digests, strict=False)):
-                if known != found:
-                    raise self._store.broken(number, "is another than it was")
-            if len(digests) < len(self._digests):
-                raise self._store.broken(len(digests), "is gone")
-            _check(self._anchors, digests, self._store.name)
+        with self._lock, self._store.transaction(), closing(Account()) as account:
+            end = EMPTY
+            for entry, digest in self._store.after(EMPTY):
+                self._fold(account, entry, digest)
+                end = Head(entry.number, digest)
+                # What was folded in before is what is there now if its last digest is.
+                if end.number == self._head.number and end != self._head:
+                    raise self._store.broken(end.number, "or one before it is another than it was")
+            if end.number < self._head.number:
+                raise self._store.broken(end.number + 1, "is gone")
+            self._compare_anchors(end)
 
     def heads(self) -> list[tuple[Path, Head | None]]:
         """Each anchor's file and what it says."""
@@ -369,17 +369,13 @@ class Ledger:
 
     # -- inside ------------------------------------------------------------------------------
 
-    @property
-    def _head(self) -> Head:
-        return Head(len(self._digests) - 1, self._digests[-1])
-
     @contextmanager
     def _writing(self, *, durable_head: bool = True) -> Iterator[None]:
         """A transaction that no other process can write beside, with all entries folded in."""
         with self._lock:
             with self._store.transaction():
                 self._catch_up()
-                _check(self._anchors, self._digests, self._store.name)
+                self._compare_anchors(self._head)
                 yield
             # Only now is what was written part of the account: the commit may have failed.
             self._catch_up()
@@ -401,7 +397,7 @@ class Ledger:
     def _accept_loss(self, data_sets: frozenset[str], by: str) -> None:
         with self._lock, self._store.transaction():
             self._catch_up()
-            why = contradiction(self._anchors, self._digests)
+            why = contradiction(self._anchors, self._head, self._store.digest_at)
             if not why:
                 raise StateError("the ledger is whole and as new as its head; nothing is lost")
             lost = data_sets.union(self._account.data_sets())
@@ -421,16 +417,30 @@ class Ledger:
 
     def _catch_up(self) -> None:
         """Fold in entries that were added since, by whatever process, checking the chain."""
-        for entry, digest in self._store.after(len(self._digests) - 1, self._digests[-1]):
-            self._fold(self._account, entry)
-            self._digests.append(digest)
+        for entry, digest in self._store.after(self._head):
+            self._fold(self._account, entry, digest)
+            self._head = Head(entry.number, digest)
 
-    def _fold(self, account: Account, entry: Entry) -> None:
+    def _fold(self, account: Account, entry: Entry, digest: str) -> None:
         try:
-            account.apply(entry)
+            account.apply(entry, digest)
         except ValueError as error:
             how = f"does not follow from those before it ({error})"
             raise self._store.broken(entry.number, how) from None
+
+    def _compare_anchors(self, end: Head) -> None:
+        _compare(self._anchors, end, self._store.digest_at, self._store.name)
+
+    def _find(self, request_id: str) -> Reservation | None:
+        known = self._account.find(request_id)
+        return None if known is None else self._reservation(known)
+
+    def _reservation(self, known: Known) -> Reservation:
+        """With its terms, read again: they must fit the digest that was noted of them."""
+        release = self._store.read(known.number, known.digest).release
+        assert release is not None  # an entry with that digest was folded in as a reservation
+        state: State = "committed" if known.committed else "reserved"
+        return Reservation(release, state, known.reply_digest or "")
 
     def _append(
         self,
@@ -443,7 +453,7 @@ class Ledger:
         remark: Remark | None = None,
     ) -> None:
         entry = Entry(
-            len(self._digests),
+            self._head.number + 1,
             state,
             Entry.now(),
             request_id,
@@ -452,7 +462,7 @@ class Ledger:
             reply_digest,
             remark,
         )
-        self._store.append(entry, self._digests[-1])
+        self._store.append(entry, self._head.digest)
 
 
 def _anchors(path: Path | str, more: Iterable[Path]) -> tuple[Anchor, ...]:
@@ -472,17 +482,22 @@ def _require_there(named: Iterable[Path]) -> None:
             )
 
 
-def _check(anchors: Sequence[Anchor], digests: Sequence[str], name: str) -> None:
-    if how := contradiction(anchors, digests):
+def _compare(
+    anchors: Iterable[Anchor], end: Head, digest_at: Callable[[int], str | None], name: str
+) -> None:
+    if how := contradiction(anchors, end, digest_at):
         raise rolled_back(name, how)
 
 
-def _data_sets_of(entry: Entry, account: Account) -> tuple[str, ...]:
-    if entry.remark is not None:
-        return entry.remark.data_sets
-    # Every entry has been folded in, so its request is known.
-    known = account.find(entry.request_id)
-    return (known.release.data_set,) if known else ()
+def _about(entries: Iterable[Entry], data_set: str) -> Iterator[Entry]:
+    """Those that are about one data set; what commits a reservation is about what that was."""
+    reserved = set()
+    for entry in entries:
+        if entry.release is not None and entry.release.data_set == data_set:
+            reserved.add(entry.request_id)
+        about_it = entry.remark is not None and data_set in entry.remark.data_sets
+        if about_it or entry.request_id in reserved:
+            yield entry
 
 
 def _check_same(before: Release, now: Release) -> None:

@@ -71,9 +71,9 @@ class Limits:
         """
         if self.rounds_per_day is None:
             return
-        answered = account.rounds_since(release.data_set, today)
-        this = (release.run_id, release.round)
-        if this not in answered and len(answered) >= self.rounds_per_day:
+        if account.answered_since(release, today):
+            return
+        if account.rounds_since(release.data_set, today) >= self.rounds_per_day:
             raise Refusal(
                 "rounds",
                 f"the holder answers {self.rounds_per_day} rounds a day (max_rounds_per_day) and "

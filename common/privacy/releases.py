@@ -102,6 +102,7 @@ class Release:
         event = values["event"]
         if not isinstance(event, dict):
             raise ConfigurationError(f"a release's event must be a JSON object, got {event!r}")
+        _check_types(values, _TERMS)
         return cls(**(dict(values) | {"event": event_from_dict(event)}))  # type: ignore[arg-type]
 
     def differences(self, other: Release) -> list[str]:
@@ -211,6 +212,7 @@ class Entry:
         """
         try:
             values = dict(json.loads(body))
+            _check_types(values, _FIELDS)
             release, budget, remark = (values.pop(key) for key in ("release", "budget", "remark"))
             return cls(
                 **values,
@@ -220,6 +222,24 @@ class Entry:
             )
         except (TypeError, KeyError) as error:
             raise ValueError(f"not an entry: {error}") from None
+
+
+_FIELDS = {"number": int, "time": str, "request_id": str, "reply_digest": str}
+_TERMS = {
+    "request_id": str,
+    "data_set": str,
+    "task": str,
+    "coordinator": str,
+    "run_id": str,
+    "plan_digest": str,
+    "round": int,
+}
+
+
+def _check_types(values: Mapping[str, object], types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        if not isinstance(values[name], kind):
+            raise ConfigurationError(f"{name} must be {kind.__name__}, got {values[name]!r}")
 
 
 def chain(previous: str, body: str) -> str:

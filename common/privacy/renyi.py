@@ -66,6 +66,9 @@ large σ."""
 RELATIVE_ROUNDING = 1 + 1e-12
 """Factor on the divergences of other events, against rounding."""
 
+REMEMBERED = 1024
+"""Subsampled steps and selections whose divergences are kept; they take milliseconds."""
+
 Divergences = NDArray[np.float64]
 """Rényi divergences at each of :data:`ORDERS`: [A], in nats."""
 
@@ -120,18 +123,20 @@ def _least(candidates: Divergences) -> float:
     return float(np.min(np.where(np.isnan(candidates), np.inf, candidates)))
 
 
-@lru_cache(maxsize=4096)
 def _of(event: Event) -> Divergences:
-    """Of one run of an event's mechanism. Shared, so not to be written to."""
+    """Of one run of an event's mechanism; it may be shared, so it is not to be written to."""
     check_known(event)
-    found = _PRICES[type(event)](event)
-    found.setflags(write=False)
-    return found
+    return _PRICES[type(event)](event)
 
 
+def _gaussian_step(event: SubsampledGaussian) -> Divergences:
+    # Not remembered: it takes microseconds, and steps that were merged have a new σ every round.
+    is_plain = event.sampling_rate == 1.0
+    return _gaussian(event.noise_multiplier) if is_plain else _subsampled(event)
+
+
+@lru_cache(maxsize=REMEMBERED)
 def _subsampled(event: SubsampledGaussian) -> Divergences:
-    if event.sampling_rate == 1.0:
-        return _gaussian(event.noise_multiplier)
     from opacus.accountants.analysis.rdp import compute_rdp  # seconds to import
 
     def at(order: float) -> float:
@@ -150,7 +155,9 @@ def _subsampled(event: SubsampledGaussian) -> Divergences:
 
     few = [at(float(order)) for order in ORDERS if order <= MOST_TERMS]
     # Beyond, the sampling is ignored: it can only help.
-    return np.concatenate([few, _gaussian(event.noise_multiplier)[len(few) :]])
+    found = np.concatenate([few, _gaussian(event.noise_multiplier)[len(few) :]])
+    found.setflags(write=False)
+    return found
 
 
 def _gaussian(noise_multiplier: float) -> Divergences:
@@ -159,17 +166,20 @@ def _gaussian(noise_multiplier: float) -> Divergences:
         return ORDERS / 2 / noise_multiplier / noise_multiplier * RELATIVE_ROUNDING
 
 
+@lru_cache(maxsize=REMEMBERED)
 def _selection(event: Selection) -> Divergences:
     # A run's output is a mixture over candidates, and names the one that was drawn; the worst
     # of them bounds it.
     run = np.max([divergences(candidate) for candidate in event.candidates], axis=0)
-    return selected(ORDERS, run, event.expected_runs, event.shape) * RELATIVE_ROUNDING
+    found = selected(ORDERS, run, event.expected_runs, event.shape) * RELATIVE_ROUNDING
+    found.setflags(write=False)
+    return found
 
 
 _PRICES: Mapping[type, Callable[[Any], Divergences]] = {
     DiscreteGaussian: lambda event: _gaussian(event.noise_multiplier),
     DistributedGaussian: lambda event: _gaussian(event.noise_multiplier),
     Selection: _selection,
-    SubsampledGaussian: _subsampled,
+    SubsampledGaussian: _gaussian_step,
     Unprotected: lambda _: np.full_like(ORDERS, math.inf),
 }

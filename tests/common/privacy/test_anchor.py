@@ -76,5 +76,6 @@ def test_a_chain_may_be_ahead_of_its_head_and_nothing_else(
 ) -> None:
     if head is not None:
         anchor.write(head, durable=True)
-    found = contradiction([anchor], [GENESIS, *LATER[:entries]])
+    digests = [GENESIS, *LATER[:entries]]
+    found = contradiction([anchor], Head(entries, digests[-1]), digests.__getitem__)
     assert found == (f"{anchor.path} {how}" if how else "")

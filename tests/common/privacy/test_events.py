@@ -88,6 +88,13 @@ def test_join_is_the_least_that_covers_both(a: Composition, b: Composition, c: C
     assert (a + b).covers(join)
 
 
+@given(compositions, compositions)
+def test_what_is_beyond_another_is_what_joining_adds_to_it(a: Composition, b: Composition) -> None:
+    assert a + b.beyond(a) == a.join(b)
+    assert b.covers(b.beyond(a))
+    assert not b.beyond(b)
+
+
 @given(compositions)
 def test_json_round_trip_is_exact(a: Composition) -> None:
     assert Composition.from_json(a.to_json()) == a

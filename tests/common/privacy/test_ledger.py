@@ -17,7 +17,7 @@ from common.errors import BudgetExceeded, ConfigurationError, Refusal, StateErro
 from common.privacy.accounting import epsilon, noise_multiplier
 from common.privacy.events import Composition, Event, SubsampledGaussian, Unprotected
 from common.privacy.ledger import Budget, Kind, Ledger, Release
-from common.privacy.releases import GENESIS, Entry
+from common.privacy.releases import GENESIS, Entry, chain
 
 DELTA = 1e-5
 ROUND = SubsampledGaussian(1.0, 10.0, 2)
@@ -395,12 +395,15 @@ def filled(path: Path) -> None:
 def tamper(path: Path, *statements: str) -> None:
     """As somebody with the file in hand and no scruples would."""
     connection = sqlite3.connect(path, isolation_level=None)
-    for (trigger,) in connection.execute(
-        "SELECT name FROM sqlite_schema WHERE type = 'trigger'"
-    ).fetchall():
-        connection.execute(f"DROP TRIGGER {trigger}")
+    triggers = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
+    ).fetchall()
+    for name, _ in triggers:
+        connection.execute(f"DROP TRIGGER {name}")
     for statement in statements:
         connection.execute(statement)
+    for _, text in triggers:
+        connection.execute(text)
     connection.close()
 
 
@@ -473,6 +476,63 @@ def test_verify_finds_a_ledger_that_was_cut_short_or_replaced_while_open(path: P
             ledger.verify()
 
 
+def rewritten(path: Path, number: int, old: str, new: str) -> None:
+    """Change an entry and make all digests fit, as somebody who knows how they are made can."""
+    connection = sqlite3.connect(path)
+    rows = connection.execute("SELECT number, body FROM entries ORDER BY number").fetchall()
+    connection.close()
+    statements, digest = [], GENESIS
+    for found, body in rows:
+        changed = body.replace(old, new) if found == number else body
+        digest = chain(digest, changed)
+        statements.append(
+            f"UPDATE entries SET body = '{changed}', digest = '{digest}' WHERE number = {found}"
+        )
+    tamper(path, *statements)
+
+
+def test_a_sound_chain_in_the_place_of_the_one_that_was_read_is_found(path: Path) -> None:
+    """The last digest stands for all before it: memory holds no other."""
+    filled(path)
+    with Ledger.open(path) as ledger:
+        ledger.verify()
+        rewritten(path, 3, "clinic-a", "clinic-b")
+        with pytest.raises(StateError, match="entry 6 or one before it is another than it was"):
+            ledger.verify()
+        with pytest.raises(StateError, match="entry 6 is gone, or another than it was"):
+            ledger.reserve(release(4), WIDE, RUN)
+
+
+def test_a_request_is_known_whatever_became_of_its_entry_in_the_file(path: Path) -> None:
+    """A charged release must not look like one that never was: it would be computed again."""
+    filled(path)
+    with Ledger.open(path) as ledger:
+        tamper(path, "UPDATE entries SET body = replace(body, '000001', '000009')")
+        for ask in (
+            lambda: ledger.reserve(release(1), WIDE, RUN),
+            lambda: ledger.find(release(1).request_id),
+            lambda: ledger.commit(release(1).request_id, "d" * 64),
+        ):
+            with pytest.raises(StateError, match="entry 1 is not what was written"):
+                ask()
+        assert ledger.find("run-1/000009") is None
+
+
+def test_terms_are_believed_only_if_they_fit_their_own_digest(path: Path) -> None:
+    """Even where the file's digests fit each other, and the last entry is the one that was."""
+    filled(path)
+    with Ledger.open(path) as ledger:
+        entry = ledger.entries()[0]
+        forged = entry.body().replace("hospital-trust", "somebody else")
+        tamper(
+            path,
+            f"UPDATE entries SET body = '{forged}', digest = '{chain(GENESIS, forged)}' "
+            "WHERE number = 1",
+        )
+        with pytest.raises(StateError, match="entry 1 is not what was written"):
+            ledger.find(release(1).request_id)
+
+
 def test_a_chain_that_is_sound_but_makes_no_sense_is_refused(path: Path) -> None:
     """Somebody who can compute digests still cannot commit what was never reserved."""
     Ledger.open(path).close()
@@ -511,6 +571,25 @@ def test_another_programs_database_is_not_a_ledger(path: Path) -> None:
     connection.execute("CREATE TABLE entries (number INTEGER PRIMARY KEY)")
     connection.close()
     with pytest.raises(StateError, match="not a ledger; choose another state folder"):
+        Ledger.open(path)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TRIGGER entries_never_go",
+        "CREATE TRIGGER quiet BEFORE INSERT ON entries BEGIN SELECT RAISE(IGNORE); END",
+        "ALTER TABLE entries ADD COLUMN request_id TEXT",
+        "PRAGMA application_id = 1",
+    ],
+)
+def test_tables_that_are_not_as_they_were_made_are_damage(path: Path, statement: str) -> None:
+    """A trigger may do other than we ask, and a missing one lets others do what we forbid."""
+    filled(path)
+    connection = sqlite3.connect(path)
+    connection.execute(statement)
+    connection.close()
+    with pytest.raises(StateError, match=r"tables are not as they were made.*restore the file"):
         Ledger.open(path)
 
 

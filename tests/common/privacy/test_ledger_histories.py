@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from common.errors import BudgetExceeded, StateError
 from common.privacy.accounting import epsilon
 from common.privacy.anchor import Anchor, Head
 from common.privacy.events import Composition, Event, SubsampledGaussian
-from common.privacy.ledger import Budget, Entry, Kind, Ledger, Release
+from common.privacy.index import Known
+from common.privacy.ledger import Budget, Entry, Kind, Ledger, Release, Reservation
 from common.privacy.storage import EntryStore
 
 HISTORIES = int(os.environ.get("SOTTO_HISTORIES", "200"))
@@ -236,10 +237,12 @@ class Histories(RuleBasedStateMachine):
         return Ledger.checked(EntryStore.open(folder / "ledger.sqlite"), anchors)
 
     def teardown(self) -> None:
-        self.auditor.verify()
-        for ledger in [self.auditor, *self.opened]:
-            ledger.close()
-        shutil.rmtree(self.folder)
+        try:
+            self.auditor.verify()
+        finally:
+            for ledger in [self.auditor, *self.opened]:
+                ledger.close()
+            shutil.rmtree(self.folder)
 
     # -- what happens ------------------------------------------------------------------------
 
@@ -413,11 +416,33 @@ class HeadFirst(Holder):
     class Hasty(Ledger):
         def _append(self, *arguments: Any, **terms: Any) -> None:
             super()._append(*arguments, **terms)
-            (row,) = self._store.after(len(self._digests) - 1, self._digests[-1])
+            (row,) = self._store.after(self._head)
             for anchor in self._anchors:
                 anchor.write(Head(row[0].number, row[1]), durable=True)
 
     kind = Hasty
+
+
+class ForgetsCommits(Holder):
+    """Knows of a request that it was charged, and no more that its reply has left."""
+
+    class Forgetful(Ledger):
+        def _reservation(self, known: Known) -> Reservation:
+            found = super()._reservation(known)
+            return replace(found, state="reserved", reply_digest="")
+
+    kind = Forgetful
+
+
+class ForgetsRequests(Holder):
+    """As if a line were missing from an index: what was charged looks as if it never was."""
+
+    class Forgetful(Ledger):
+        def _find(self, request_id: str) -> Reservation | None:
+            found = super()._find(request_id)
+            return None if found is None or found.release.round == 1 else found
+
+    kind = Forgetful
 
 
 @pytest.mark.parametrize(
@@ -428,6 +453,8 @@ class HeadFirst(Holder):
         (LooksThenLeaps, "budget passed"),
         (KeepsNoHead, "an older copy is taken for the ledger"),
         (HeadFirst, "knows of entry"),
+        (ForgetsCommits, "one price, two replies|does not follow"),
+        (ForgetsRequests, "one price, two replies|does not follow"),
     ],
 )
 def test_the_machine_catches_a_holder_that_does_it_wrongly(wrong: type[Holder], how: str) -> None:

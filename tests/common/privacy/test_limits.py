@@ -33,8 +33,12 @@ def account(*made: tuple[str, Release]) -> Account:
     """An account of releases, each reserved at a time."""
     found = Account()
     for number, (time, item) in enumerate(made, start=1):
-        found.apply(Entry(number, "reserved", time, item.request_id, item))
+        reserve(found, number, time, item)
     return found
+
+
+def reserve(found: Account, number: int, time: str, item: Release) -> None:
+    found.apply(Entry(number, "reserved", time, item.request_id, item), f"digest {number}")
 
 
 def codes(found: Account, asked: Release, limits: Limits, now: str) -> list[str]:
@@ -72,7 +76,7 @@ def test_no_order_of_requests_gets_more_rounds_in_a_day(
             f"{number}", "clinic", "task", "hub", run, "plan", round_number, ROUND, "evaluation"
         )
         if not codes(found, item, Limits(rounds_per_day=most), "2026-03-01"):
-            found.apply(Entry(number, "reserved", "2026-03-01T01:00", item.request_id, item))
+            reserve(found, number, "2026-03-01T01:00", item)
             granted.append((round_number, run))
         else:
             assert (round_number, run) not in granted, "a round that was answered costs no more"
