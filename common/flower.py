@@ -9,8 +9,9 @@ either. ``Run``, the type of the abstract ``Grid.run``, is imported here for the
 from __future__ import annotations
 
 import logging
+import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count
 from uuid import uuid4
 
@@ -31,9 +32,11 @@ __all__ = [
     "quiet_flower",
     "set_identity",
     "stamp",
+    "wait_for_change",
 ]
 
 COORDINATOR_NODE_ID = 1
+_POLL = 0.05  # seconds
 
 _PROCESS, _NUMBERS = uuid4().hex, count()
 """Together an id that nobody else gives, at a tenth of the price of another UUID."""
@@ -149,6 +152,52 @@ class BaseGrid(Grid):
         """:meth:`send_and_receive`, with a reply from each holder even if this Grid sums."""
         return self.send_and_receive(messages, timeout=timeout)
 
+    def replies(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        enough: int | None = None,
+    ) -> Iterator[Message]:
+        """Ask holders, and hand out what they say as it comes in.
+
+        It ends when all have answered, when enough have, or when the time is over. A reply that has
+        not come by then is never handed out.
+
+        Args:
+            messages: requests.
+            timeout: seconds; None waits for all.
+            enough: replies without an error that suffice; None for all.
+        """
+        found = 0
+        for reply in self.send_and_receive(messages, timeout=timeout):
+            yield reply
+            found += not reply.has_error()
+            if enough is not None and found >= enough:
+                return
+
+    def begun(self, number: int, *, evaluation: bool = False) -> Sequence[int] | None:
+        """Whom a round had asked before this process began; None if nobody.
+
+        Args:
+            number: of the round, which comes next.
+            evaluation: whom it asked to evaluate, and not to train.
+        """
+        del number, evaluation
+        return None
+
+    def wait_for_change(self, present: Collection[int], timeout: float) -> list[int]:
+        """Wait until there are others than there were.
+
+        Args:
+            present: node ids at the last look.
+            timeout: seconds.
+
+        Returns:
+            Node ids now, in ascending order; the same if nobody came or went in time.
+        """
+        return wait_for_change(self, present, timeout)
+
     def away(self) -> list[str]:
         """Names of holders that joined before and cannot be asked now."""
         return []
@@ -168,16 +217,44 @@ class BaseGrid(Grid):
         """Who vouches for holders' keys; None where names are believed."""
         return None
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send and wait; the replies are then there for :meth:`pull_messages`."""
+    def push_messages(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[str]:
+        """Send and wait; the replies are then there for :meth:`pull_messages`.
+
+        Args:
+            messages: requests.
+            timeout: seconds until a request is overdue; None for never.
+        """
         requests = list(messages)
-        for reply in self.send_and_receive(requests):
+        for reply in self.send_and_receive(requests, timeout=timeout):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [request.metadata.message_id for request in requests]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Replies to :meth:`push_messages`, each handed out once."""
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def wait(self, message_ids: Iterable[str], timeout: float) -> None:
+        """Return as soon as one of the requests is answered or overdue, or the time is over.
+
+        Args:
+            message_ids: of requests that were pushed.
+            timeout: seconds.
+        """
+        del message_ids, timeout  # whatever was pushed has been answered, or never will be
+
+    def overdue(self, message_ids: Iterable[str]) -> list[str]:
+        """Those requests that were pushed and whose time is over: no reply to them will come.
+
+        Args:
+            message_ids: of requests whose replies were not pulled; each is named once.
+        """
+        return [key for key in list(message_ids) if key not in self._replies]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Withdraw requests that were pushed: their replies are no longer wanted."""
+        self.pull_messages(message_ids)
 
 
 class Around(BaseGrid):
@@ -224,6 +301,16 @@ class Around(BaseGrid):
         """Whether the other Grid does."""
         return self._known is not None and self._known.sums_unseen
 
+    def begun(self, number: int, *, evaluation: bool = False) -> Sequence[int] | None:
+        """Whom the other Grid had asked."""
+        return None if self._known is None else self._known.begun(number, evaluation=evaluation)
+
+    def wait_for_change(self, present: Collection[int], timeout: float) -> list[int]:
+        """Wait as the other Grid does."""
+        if self._known is None:
+            return super().wait_for_change(present, timeout)
+        return self._known.wait_for_change(present, timeout)
+
     def away(self) -> list[str]:
         """Names of holders that the other Grid cannot ask now."""
         return [] if self._known is None else self._known.away()
@@ -242,6 +329,55 @@ class Around(BaseGrid):
     def authority(self) -> Certificate | None:
         """The other Grid's."""
         return None if self._known is None else self._known.authority
+
+    def push_messages(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[str]:
+        """Ask through the other Grid."""
+        if self._known is None:
+            return super().push_messages(messages, timeout=timeout)
+        return self._known.push_messages(messages, timeout=timeout)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Replies that have come to the other Grid."""
+        if self._known is None:
+            return super().pull_messages(message_ids)
+        return self._known.pull_messages(message_ids)
+
+    def wait(self, message_ids: Iterable[str], timeout: float) -> None:
+        """Until the other Grid has a reply."""
+        if self._known is not None:
+            self._known.wait(message_ids, timeout)
+
+    def overdue(self, message_ids: Iterable[str]) -> list[str]:
+        """Requests that the other Grid will have no reply to."""
+        if self._known is None:
+            return super().overdue(message_ids)
+        return self._known.overdue(message_ids)
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Withdraw requests from the other Grid."""
+        if self._known is None:
+            super().forget(message_ids)
+        else:
+            self._known.forget(message_ids)
+
+
+def wait_for_change(grid: Grid, present: Collection[int], timeout: float) -> list[int]:
+    """Wait until a Grid reaches others than it did, by looking again and again.
+
+    Args:
+        grid: Flower's or ours.
+        present: node ids at the last look.
+        timeout: seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while (found := sorted(grid.get_node_ids())) == sorted(present):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        time.sleep(min(_POLL, left))
+    return found
 
 
 def holder_name(grid: Grid, node_id: int) -> str:

@@ -15,16 +15,18 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from client.node import Backoff, Handler, Node, NodeEvent
 from common.errors import LinkError
 from common.link import federation_pb2 as pb
+from common.link.channels import channel_options
 from common.link.codec import encode
 from common.link.federation_pb2_grpc import FederationStub
 from common.link.identity import node_id_of
+from common.link.keepalive import KEEPALIVE
 from common.link.keys import CoordinatorKeys, HolderKeys
 from common.link.tls import channel_credentials
-from common.link.transfer import CHANNEL_OPTIONS, PROTOCOL
+from common.link.versions import NEWEST
 from server.grid import LinkGrid
 
 PATIENCE = 30.0  # seconds after which a test that waits for an event has failed
-QUICK = Backoff(first=0.01, longest=0.05)
+QUICK = Backoff(first=0.01, short=0.05, longest=0.05)
 
 
 def enrol(state: Path, coordinator: CoordinatorKeys, name: str) -> HolderKeys:
@@ -92,6 +94,7 @@ def running(
     name: str = "",
     host: str = "localhost",
     max_message_bytes: int = 1 << 30,
+    keepalive: float = KEEPALIVE,
 ) -> Iterator[Runner]:
     """A node that is stopped at the end."""
     events: SimpleQueue[NodeEvent] = SimpleQueue()
@@ -103,6 +106,7 @@ def running(
         on_event=events.put,
         backoff=QUICK,
         max_message_bytes=max_message_bytes,
+        keepalive=keepalive,
     )
     runner = Runner(node, events)
     try:
@@ -133,6 +137,22 @@ class Exchange:
         return self._replies
 
 
+def reply_frames(
+    message_id: str, text: str = "", size: int = 4, offset: int = 0
+) -> tuple[pb.Header, list[pb.Chunk]]:
+    """A reply to a request, or the rest of it."""
+    payload = encode(content(text, size))
+    header = pb.Header(
+        message_id=f"reply to {message_id}",
+        reply_to=message_id,
+        message_type="train",
+        layout_bytes=payload.layout_bytes,
+        payload_bytes=payload.size,
+        offset=offset,
+    )
+    return header, list(payload.chunks(offset=offset))
+
+
 class RawHolder:
     """A holder driven frame by frame, so that it can do what no honest one does."""
 
@@ -146,15 +166,15 @@ class RawHolder:
     ) -> None:
         target = f"localhost:{port}"
         if keys is None:
-            self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(target, options=channel_options())
         else:
             credentials = channel_credentials(keys)
-            self._channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(target, credentials, options=channel_options())
         self._outbox: SimpleQueue[pb.HolderFrame | None] = SimpleQueue()
         self._call = FederationStub(self._channel).Join(
             iter(self._outbox.get, None), timeout=PATIENCE
         )
-        self.send(hello=hello or pb.Hello(protocol=PROTOCOL, name=name))
+        self.send(hello=hello or pb.Hello(protocol=NEWEST, name=name))
 
     def send(self, **frame: object) -> None:
         self._outbox.put(pb.HolderFrame(**frame))
@@ -172,17 +192,10 @@ class RawHolder:
             received += len(self.receive("chunk").data)
         return header
 
-    def reply(self, message_id: str, text: str = "") -> None:
-        payload = encode(content(text))
-        header = pb.Header(
-            message_id=f"reply to {message_id}",
-            reply_to=message_id,
-            message_type="train",
-            layout_bytes=payload.layout_bytes,
-            payload_bytes=payload.size,
-        )
+    def reply(self, message_id: str, text: str = "", size: int = 4) -> None:
+        header, chunks = reply_frames(message_id, text, size)
         self.send(header=header)
-        for chunk in payload.chunks():
+        for chunk in chunks:
             self.send(chunk=chunk)
 
     def failure(self) -> grpc.RpcError:

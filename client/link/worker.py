@@ -47,6 +47,11 @@ class Job:
     reply: Outgoing | None = None
 
     @property
+    def progress_every(self) -> float:
+        """Seconds between two signs of life that the coordinator asks for."""
+        return float(self.request.header.progress_every)
+
+    @property
     def id(self) -> str:
         """The request's id."""
         return self.request.header.message_id
@@ -89,6 +94,7 @@ class Worker:
     def _work(self) -> None:
         for job in iter(self._jobs.get, None):
             job.reply = _answer(self._handler, job)
+            job.request = Incoming(job.request.header)  # its payload has served
             self._inbox.put(Finished(job))
 
 

@@ -23,7 +23,7 @@ from common.errors import WireError
 from common.flower import incoming_message
 from common.link import federation_pb2 as pb
 from common.link.npy import check_npy
-from common.link.pieces import Reader, regroup
+from common.link.pieces import Reader, after, regroup
 
 __all__ = [
     "CHUNK_BYTES",
@@ -63,10 +63,9 @@ class Payload:
         """Length of the whole payload in bytes."""
         return sum(map(len, self.parts))
 
-    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[pb.Chunk]:
-        """The payload in pieces of ``chunk_bytes``; only one is in memory at a time."""
-        offset = 0
-        for data in regroup(self.parts, chunk_bytes):
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES, offset: int = 0) -> Iterator[pb.Chunk]:
+        """The payload from ``offset`` on, in pieces of ``chunk_bytes``, one at a time in memory."""
+        for data in regroup(after(self.parts, offset), chunk_bytes):
             yield pb.Chunk(offset=offset, data=data)
             offset += len(data)
 

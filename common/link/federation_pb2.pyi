@@ -8,59 +8,81 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class HolderFrame(_message.Message):
-    __slots__ = ("hello", "header", "chunk", "goodbye")
+    __slots__ = ("hello", "header", "chunk", "goodbye", "progress")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     header: Header
     chunk: Chunk
     goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    progress: Progress
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
 
 class CoordinatorFrame(_message.Message):
-    __slots__ = ("welcome", "header", "chunk", "withdraw", "goodbye")
+    __slots__ = ("welcome", "header", "chunk", "withdraw", "goodbye", "again")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     header: Header
     chunk: Chunk
     withdraw: Withdraw
     goodbye: Goodbye
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    again: Again
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., header: _Optional[_Union[Header, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., withdraw: _Optional[_Union[Withdraw, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., again: _Optional[_Union[Again, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "software", "name", "task")
+    __slots__ = ("protocol", "software", "name", "task", "oldest", "begun", "in_hand")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    IN_HAND_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software: str
     name: str
     task: str
-    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., name: _Optional[str] = ..., task: _Optional[str] = ...) -> None: ...
+    oldest: int
+    begun: Begun
+    in_hand: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., name: _Optional[str] = ..., task: _Optional[str] = ..., oldest: _Optional[int] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., in_hand: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("node_id", "holder", "federation", "software", "max_message_bytes")
+    __slots__ = ("node_id", "holder", "federation", "software", "max_message_bytes", "protocol", "begun")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     node_id: int
     holder: str
     federation: str
     software: str
     max_message_bytes: int
-    def __init__(self, node_id: _Optional[int] = ..., holder: _Optional[str] = ..., federation: _Optional[str] = ..., software: _Optional[str] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
+    protocol: int
+    begun: Begun
+    def __init__(self, node_id: _Optional[int] = ..., holder: _Optional[str] = ..., federation: _Optional[str] = ..., software: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., protocol: _Optional[int] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ...) -> None: ...
+
+class Begun(_message.Message):
+    __slots__ = ("message_id", "received")
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    received: int
+    def __init__(self, message_id: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("message_id", "reply_to", "message_type", "group_id", "run_id", "created_at", "ttl", "failure", "layout_bytes", "payload_bytes")
+    __slots__ = ("message_id", "reply_to", "message_type", "group_id", "run_id", "created_at", "ttl", "failure", "layout_bytes", "payload_bytes", "offset", "progress_every")
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     REPLY_TO_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +93,8 @@ class Header(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_EVERY_FIELD_NUMBER: _ClassVar[int]
     message_id: str
     reply_to: str
     message_type: str
@@ -81,7 +105,9 @@ class Header(_message.Message):
     failure: Failure
     layout_bytes: int
     payload_bytes: int
-    def __init__(self, message_id: _Optional[str] = ..., reply_to: _Optional[str] = ..., message_type: _Optional[str] = ..., group_id: _Optional[str] = ..., run_id: _Optional[int] = ..., created_at: _Optional[float] = ..., ttl: _Optional[float] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., layout_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+    offset: int
+    progress_every: float
+    def __init__(self, message_id: _Optional[str] = ..., reply_to: _Optional[str] = ..., message_type: _Optional[str] = ..., group_id: _Optional[str] = ..., run_id: _Optional[int] = ..., created_at: _Optional[float] = ..., ttl: _Optional[float] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., layout_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., offset: _Optional[int] = ..., progress_every: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "reason")
@@ -100,6 +126,18 @@ class Chunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Withdraw(_message.Message):
+    __slots__ = ("message_id",)
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    def __init__(self, message_id: _Optional[str] = ...) -> None: ...
+
+class Again(_message.Message):
+    __slots__ = ("message_id",)
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    def __init__(self, message_id: _Optional[str] = ...) -> None: ...
+
+class Progress(_message.Message):
     __slots__ = ("message_id",)
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     message_id: str

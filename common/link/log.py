@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from common.words import shown
 
-__all__ = ["RationedLog"]
+__all__ = ["LOG", "RationedLog"]
+
+LOG = "log"
+"""The event of a line that has no word of its own."""
 
 _MOST_KINDS = 10_000
 
@@ -29,7 +32,8 @@ class _Ration:
 class RationedLog:
     """Writes at most ``burst`` lines of one kind about one peer in any ``period``.
 
-    Texts in a line are cut to one printable line each.
+    Texts in a line are cut to one printable line each. In JSON a line has its event and, where it
+    is about one, the holder (:mod:`sotto.logs`).
 
     Args:
         log: gets the lines.
@@ -52,27 +56,28 @@ class RationedLog:
         self._clock = clock
         self._rations: dict[tuple[str, str], _Ration] = {}
 
-    def debug(self, peer: str, line: str, *values: object) -> None:
+    def debug(self, peer: str, line: str, *values: object, event: str = LOG) -> None:
         """Note something for those who look for a fault."""
-        self._write(logging.DEBUG, peer, line, values)
+        self._write(logging.DEBUG, peer, line, values, event)
 
-    def info(self, peer: str, line: str, *values: object) -> None:
+    def info(self, peer: str, line: str, *values: object, event: str = LOG) -> None:
         """Note something ordinary about a peer."""
-        self._write(logging.INFO, peer, line, values)
+        self._write(logging.INFO, peer, line, values, event)
 
-    def warning(self, peer: str, line: str, *values: object) -> None:
+    def warning(self, peer: str, line: str, *values: object, event: str = LOG) -> None:
         """Note something that a peer should not have done.
 
         Args:
             peer: the holder's name, or ``""`` for all strangers together.
             line: as of :mod:`logging`; lines are of one kind if this is the same.
             values: of the line.
+            event: a word that says to machines what it is about.
         """
-        self._write(logging.WARNING, peer, line, values)
+        self._write(logging.WARNING, peer, line, values, event)
 
     def exception(self, peer: str, line: str, *values: object) -> None:
         """Note the exception that is being handled, with its traceback."""
-        self._write(logging.ERROR, peer, line, values, traceback=True)
+        self._write(logging.ERROR, peer, line, values, LOG, traceback=True)
 
     def _write(
         self,
@@ -80,6 +85,7 @@ class RationedLog:
         peer: str,
         line: str,
         values: tuple[object, ...],
+        event: str,
         *,
         traceback: bool = False,
     ) -> None:
@@ -89,7 +95,8 @@ class RationedLog:
             return
         ration.written += 1
         cut = (shown(value) if isinstance(value, str) else value for value in values)
-        self._log.log(level, line, *cut, exc_info=traceback)
+        about = {"event": event, "fields": {"holder": peer} if peer else {}}
+        self._log.log(level, line, *cut, exc_info=traceback, extra=about)
 
     def _ration(self, peer: str, line: str) -> _Ration:
         now = self._clock()

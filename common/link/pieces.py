@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from common.errors import WireError
 
-__all__ = ["Reader", "regroup"]
+__all__ = ["Reader", "after", "regroup"]
 
 
 class Reader:
@@ -32,7 +32,14 @@ class Reader:
         return b"".join(taken)
 
 
-def regroup(parts: Iterable[bytes], size: int) -> Iterator[bytes]:
+def after(parts: Iterable[bytes], count: int) -> Iterator[memoryview]:
+    """The concatenation of ``parts`` without its first ``count`` bytes, uncopied."""
+    for part in parts:
+        yield memoryview(part)[count:]
+        count = max(0, count - len(part))
+
+
+def regroup(parts: Iterable[bytes | memoryview], size: int) -> Iterator[bytes]:
     """The concatenation of ``parts`` in pieces of ``size`` bytes, the last one shorter."""
     waiting: list[memoryview] = []
     room = size

@@ -12,6 +12,7 @@ from common.errors import LinkError
 from common.link.certificates import to_pem
 from common.link.identity import host_of, is_loopback
 from common.link.keys import CoordinatorKeys, HolderKeys
+from common.link.proxies import refusal_of
 
 __all__ = [
     "ConnectionFailure",
@@ -105,12 +106,15 @@ class ConnectionFailure:
     final: bool = False
 
 
-def connection_failure(server: str, details: str) -> ConnectionFailure | None:
+def connection_failure(
+    server: str, details: str, proxy: str | None = None
+) -> ConnectionFailure | None:
     """What gRPC's words about a failed connection mean to a holder.
 
     Args:
         server: ``HOST:PORT`` that it tried.
         details: of gRPC's error.
+        proxy: ``HOST:PORT`` of the HTTP proxy on the way, if there is one.
 
     Returns:
         None where they are not about connecting.
@@ -134,8 +138,17 @@ def connection_failure(server: str, details: str) -> ConnectionFailure | None:
             "with `sotto serve --host-name`",
             final=True,
         )
+    if "errors resolving" in details or "DNS resolution failed" in details:
+        return ConnectionFailure(
+            f"the name {host_of(proxy or server)} is not known to this machine's resolver"
+        )
     if "failed to connect to all addresses" not in details:  # gRPC's words, with every address
         return None
+    if proxy is not None:
+        return ConnectionFailure(
+            refusal_of(proxy, server, details)
+            or f"no coordinator answers at {server}, or at the proxy {proxy} on the way there"
+        )
     if any(words in details for words in ("Socket closed", "Connection reset", "Broken pipe")):
         return ConnectionFailure(
             f"{server} takes the connection and closes it before it has begun: it does not accept "
@@ -143,7 +156,7 @@ def connection_failure(server: str, details: str) -> ConnectionFailure | None:
             "of the two was started with --insecure, or it is stopping; compare the authority in "
             "`sotto keys list` on both sides"
         )
-    return ConnectionFailure(f"nobody answers at {server}")
+    return ConnectionFailure(f"no coordinator answers at {server}")
 
 
 def peer_certificate(auth_context: Mapping[str, Iterable[bytes]]) -> bytes:

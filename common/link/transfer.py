@@ -6,26 +6,23 @@ the first byte of a message, and on every chunk.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 from common.errors import WireError
 from common.link import federation_pb2 as pb
-from common.link.codec import CHUNK_BYTES, Incoming
+from common.link.codec import Incoming
 
 __all__ = [
-    "CHANNEL_OPTIONS",
     "DEFAULT_MAX_MESSAGE_BYTES",
     "MAX_HEADER_BYTES",
     "MIN_CHUNK_BYTES",
-    "PROTOCOL",
-    "SERVER_OPTIONS",
     "Assembler",
+    "Beginning",
     "check_header",
+    "continued",
     "message_bytes",
 ]
-
-PROTOCOL: Final = 1
-"""Raised when an older peer could no longer follow; both ends must have the same."""
 
 DEFAULT_MAX_MESSAGE_BYTES: Final = 1024 * 1024 * 1024
 """For programs that know no plan; who knows one takes :func:`message_bytes`."""
@@ -39,39 +36,6 @@ MIN_CHUNK_BYTES: Final = 64 * 1024
 _ENVELOPE_BYTES = 256 * 1024  # names, plan and figures beside the numbers of a message
 _NUMBER_BYTES = 8  # int64 counts, and the widest ring of secure aggregation; updates take 4
 _PEER_BYTES = 8 * 1024  # keys, shares and signatures for one other holder, several times over
-
-_FRAME_OVERHEAD = 64 * 1024  # everything in a frame but a chunk's data is far smaller
-_PING_EVERY_MS = 20_000
-_PING_TIMEOUT_MS = 10_000
-_METADATA_BYTES = 8 * 1024
-
-# Both ends ping, so that a peer that vanished without a word (power, a cut cable, a proxy that
-# dropped the connection) is noticed within half a minute, however long a holder computes.
-_COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", CHUNK_BYTES + _FRAME_OVERHEAD),
-    ("grpc.max_send_message_length", CHUNK_BYTES + _FRAME_OVERHEAD),
-    ("grpc.keepalive_time_ms", _PING_EVERY_MS),
-    ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_metadata_size", _METADATA_BYTES),
-    ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
-    # Without compression, a few bytes cannot become a megabyte.
-    ("grpc.compression_enabled_algorithms_bitset", 1),
-)
-CHANNEL_OPTIONS: Final = (
-    *_COMMON_OPTIONS,
-    # Reconnecting is the node's own business; a shared subchannel would keep an old failure.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-)
-SERVER_OPTIONS: Final = (
-    *_COMMON_OPTIONS,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_EVERY_MS // 4),
-    # Two coordinators on one port would each see half of the holders.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_concurrent_streams", 1),
-)
 
 
 def message_bytes(numbers: int, peers: int = 0) -> int:
@@ -97,20 +61,83 @@ def check_header(header: pb.Header | pb.Hello) -> None:
         raise WireError(f"a header of {size} bytes came, at most {MAX_HEADER_BYTES} are allowed")
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """What has come of a message over a stream that ended amid it.
+
+    Args:
+        header: of the message, as it was first announced.
+        pieces: its payload, as far as it came.
+    """
+
+    header: pb.Header
+    pieces: tuple[bytes, ...]
+
+    @property
+    def received(self) -> int:
+        """Bytes of payload."""
+        return sum(map(len, self.pieces))
+
+    @property
+    def named(self) -> pb.Begun:
+        """How the sender is told of it."""
+        return pb.Begun(message_id=self.header.message_id, received=self.received)
+
+    def goes_on_with(self, header: pb.Header) -> bool:
+        """Whether a header announces the rest of this very message, from where it broke."""
+        return header.offset == self.received and _whole(header) == self.header
+
+
+def continued(header: pb.Header, begun: pb.Begun) -> pb.Header:
+    """The header with which a message is sent to a peer that may have its beginning already.
+
+    Args:
+        header: of the whole message.
+        begun: what the peer says that it has.
+
+    Returns:
+        ``header``, with an offset if that is this message's.
+    """
+    if begun.message_id != header.message_id or not 0 < begun.received < header.payload_bytes:
+        return header
+    rest = pb.Header()
+    rest.CopyFrom(header)
+    rest.offset = begun.received
+    return rest
+
+
+def _whole(header: pb.Header) -> pb.Header:
+    """A header without its offset."""
+    whole = pb.Header()
+    whole.CopyFrom(header)
+    whole.ClearField("offset")
+    return whole
+
+
 class Assembler:
     """Collects the chunks of one message after the other from one stream.
 
     Args:
         max_bytes: the longest payload that is accepted; a longer one is refused by its header,
             before a byte of it is kept.
+        beginning: of the message that the stream before this one broke off. It is kept until a
+            message begins: that is its rest, or it is forgotten.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, beginning: Beginning | None = None) -> None:
         self._max_bytes = max_bytes
+        self._beginning = beginning
         self._header: pb.Header | None = None
         self._pieces: list[bytes] = []
         self._received = 0
         self._keep = True
+        self.taken = 0
+        """Bytes of payload that have come on this stream, kept or not."""
+
+    @property
+    def beginning(self) -> Beginning | None:
+        """What an earlier stream has brought of a message whose rest may still come."""
+        return self._beginning
 
     @property
     def message_id(self) -> str | None:
@@ -124,11 +151,12 @@ class Assembler:
 
     @property
     def held(self) -> int:
-        """Bytes of the message that is coming in that are kept."""
-        return sum(map(len, self._pieces))
+        """Bytes that are kept of messages that are not complete."""
+        beginning = self._beginning
+        return sum(map(len, self._pieces)) + (beginning.received if beginning else 0)
 
     def begin(self, header: pb.Header, *, keep: bool = True) -> Incoming | None:
-        """Start a message.
+        """Start a message, or go on with the one that an earlier stream began.
 
         Args:
             header: its header.
@@ -138,7 +166,8 @@ class Assembler:
             The message, if its header is all of it.
 
         Raises:
-            WireError: another message is not finished, or this one or its header is too long.
+            WireError: another message is not finished, this one or its header is too long, or it
+                claims to go on with something else than what is here.
         """
         if self._header is not None:
             raise WireError("a message began before the one before it was complete")
@@ -148,7 +177,11 @@ class Assembler:
                 f"a message of {header.payload_bytes} bytes is announced, at most "
                 f"{self._max_bytes} are allowed"
             )
-        self._header, self._keep = header, keep
+        if header.offset > header.payload_bytes:
+            raise WireError(f"a message of {header.payload_bytes} bytes begins at {header.offset}")
+        self._pieces = list(self._prefix(header)) if keep else []
+        self._beginning = None
+        self._header, self._received, self._keep = _whole(header), header.offset, keep
         return self._complete()
 
     def add(self, chunk: pb.Chunk) -> Incoming | None:
@@ -176,6 +209,7 @@ class Assembler:
                 f"at least {MIN_CHUNK_BYTES}"
             )
         self._received = end
+        self.taken += len(data)
         if self._keep:
             self._pieces.append(data)
         return self._complete()
@@ -184,9 +218,46 @@ class Assembler:
         """Let what is left of the message that is coming in pass by unkept."""
         self._pieces, self._keep = [], False
 
+    def forget(self, reply_to: str) -> None:
+        """Keep nothing more of the reply to a request, whichever stream brought it."""
+        if self.reply_to == reply_to:
+            self.discard()
+        if self._beginning is not None and self._beginning.header.reply_to == reply_to:
+            self._beginning = None
+
+    def withdraw(self, message_id: str) -> None:
+        """Nothing more will come of a message, whichever stream began it."""
+        if self.message_id == message_id:
+            self.abandon()
+        if self._beginning is not None and self._beginning.header.message_id == message_id:
+            self._beginning = None
+
     def abandon(self) -> None:
-        """Forget the message that is coming in."""
+        """Forget the message that is coming in, and what an earlier stream has brought."""
         self._header, self._pieces, self._received = None, [], 0
+        self._beginning = None
+
+    def break_off(self) -> Beginning | None:
+        """Give away what has come of a message whose rest another stream may bring.
+
+        What is left of it passes by unkept if it comes on this stream all the same.
+        """
+        beginning, self._beginning = self._beginning, None
+        if self._header is not None and self._keep and self._pieces:
+            beginning = Beginning(self._header, tuple(self._pieces))
+        self.discard()
+        return beginning
+
+    def _prefix(self, header: pb.Header) -> tuple[bytes, ...]:
+        """The bytes before a message's first chunk."""
+        if not header.offset:
+            return ()
+        beginning = self._beginning
+        if beginning is None or not beginning.goes_on_with(header):
+            raise WireError(
+                f"a message goes on at byte {header.offset}, and its beginning is not here"
+            )
+        return beginning.pieces
 
     def _complete(self) -> Incoming | None:
         header = self._header

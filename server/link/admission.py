@@ -82,6 +82,13 @@ class Admission:
             _log.warning("the older certificates of %s stay valid: %s", name, error)
         return Admitted(name, certificate, files, stamp)
 
+    def has_other(self, admitted: Admitted) -> bool:
+        """Whether a holder may come back with another certificate than the one it showed."""
+        if self._keys is None or admitted.certificate is None:
+            return False
+        approved = self._keys.roster.find(admitted.name)
+        return approved is not None and approved != admitted.certificate
+
     async def barred(self, admitted: Admitted) -> str:
         """Wait until a holder that was let in may no longer stay, and say why.
 

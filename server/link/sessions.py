@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from common.link import federation_pb2 as pb
 from common.link.transfer import Assembler
+from common.link.versions import NEWEST
 from server.link.admission import Admitted
 
 __all__ = ["Holder", "Session"]
@@ -34,17 +35,21 @@ class Session:
         holder: who it is.
         assembler: holds the one reply that is coming in.
         admitted: with which certificate, if any.
+        hello: what it said first: which request it has in part, and which it has in hand.
+        version: of the link that is spoken on it.
         control: frames that go before the next message.
         wake: set when there may be something to write.
         ending: set when nothing may be written after ``control``.
         limit: how long the stream may still last; without limit until it is ending.
         asked: requests that were sent on it.
-        unwanted: replies that came on it and counted for nothing.
+        unwanted: replies and signs of life that came on it and counted for nothing.
     """
 
     holder: Holder
     assembler: Assembler
     admitted: Admitted = field(default_factory=Admitted)
+    hello: pb.Hello = field(default_factory=pb.Hello)
+    version: int = NEWEST
     control: deque[pb.CoordinatorFrame] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     ending: bool = False
@@ -61,8 +66,8 @@ class Session:
     def end(self, code: pb.Goodbye.Code, reason: str) -> None:
         """Say goodbye and nothing more, not even that to a peer that no longer listens.
 
-        What it has sent of a reply is forgotten: its request goes to the stream that replaces this
-        one, if any, and the reply will come whole on that.
+        What it still sends of a reply passes by: the rest belongs on the stream that comes after
+        this one.
         """
         if not self.ending:
             self.say(pb.CoordinatorFrame(goodbye=pb.Goodbye(code=code, reason=reason)))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+import math
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import grpc
@@ -21,24 +22,28 @@ from google.protobuf.message import DecodeError
 
 from common.errors import LinkError, WireError
 from common.link import federation_pb2 as pb
-from common.link.codec import Incoming
+from common.link.codec import CHUNK_BYTES, Incoming
 from common.link.federation_pb2_grpc import FederationServicer
 from common.link.identity import check_holder_name, node_id_of
 from common.link.keys import CoordinatorKeys
 from common.link.log import RationedLog
-from common.link.transfer import PROTOCOL, Assembler, check_header
+from common.link.traffic import Counts, Traffic
+from common.link.transfer import Assembler, Beginning, check_header, continued
+from common.link.versions import spoken
 from common.words import shown
 from server.link.admission import Admission, Admitted
 from server.link.door import Crowded, Door
-from server.link.mailroom import Mailroom, Request
+from server.link.mailroom import Errand, Mailroom, Reply, Request
+from server.link.posting import UNREADABLE_REPLY
 from server.link.sessions import Holder, Session
+from server.link.vigil import Vigil
 
-__all__ = ["UNREADABLE_REPLY", "Switchboard"]
+__all__ = ["STOPPING", "Switchboard"]
 
-UNREADABLE_REPLY = 2
-"""Flower's code for a client that failed; the round goes on without this holder."""
+STOPPING = "the link is stopping; start another one to ask holders again"
 
 _MOST_STREAMS = 4  # of one identity: one at work, one replaced, one waiting, one to spare
+_STOOD_STILL = 0.5  # seconds; no timer is so late unless the process or its machine was suspended
 _MOST_UNWANTED = 32  # replies that nobody waits for, beyond one for each request that was sent
 
 _Context = grpc.aio.ServicerContext[pb.HolderFrame, pb.CoordinatorFrame]
@@ -75,6 +80,7 @@ class Switchboard(FederationServicer):
         on_change: Callable[[Mapping[int, Holder]], None],
     ) -> None:
         self.admission = Admission(keys)
+        self._vigil = Vigil(self.admission, self._bar)
         self._federation = federation
         self._software = software
         self._max_message_bytes = max_message_bytes
@@ -84,48 +90,69 @@ class Switchboard(FederationServicer):
         self._door = Door(_MOST_STREAMS)
         self._log = RationedLog(logging.getLogger("sotto.link"))
         self._mailroom = Mailroom()
-        self._exchanges: set[asyncio.Task[Any] | None] = set()
+        self._counts = Counts()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._draining = False
+        self._news = asyncio.Event()
 
     # For the round loop
 
     @property
     def held_bytes(self) -> int:
         """Bytes of replies that have begun to come in; see ``LinkGrid.held_bytes``."""
-        return sum(session.assembler.held for session in list(self._sessions.values()))
+        coming = sum(session.assembler.held for session in list(self._sessions.values()))
+        return coming + self._mailroom.held_bytes
 
-    async def exchange(self, requests: list[Request], timeout: float | None) -> None:
-        """Have requests carried out; when this returns, each has its reply or is withdrawn.
+    @property
+    def traffic(self) -> Traffic:
+        """Counts since the start."""
+        return Traffic.of(self._counts)
+
+    @property
+    def errands(self) -> Mapping[int, Errand]:
+        """What each holder was asked last, by node id; see ``LinkGrid.errands``."""
+        return dict(self._mailroom.errands)
+
+    async def post(self, requests: Sequence[Request]) -> None:
+        """Have requests carried out; each is closed once it has its reply or its time is over.
 
         Raises:
-            LinkError: the coordinator stops.
+            LinkError: the coordinator stops, or two open requests would have the same id.
         """
         if self._draining:
-            raise LinkError("the link is stopping; start another one to ask holders again")
+            raise LinkError(STOPPING)
         self._mailroom.post(requests)
-        exchange = asyncio.current_task()
-        self._exchanges.add(exchange)
-        try:
-            for node_id in {request.node_id for request in requests}:
-                self._wake(node_id)
-            async with asyncio.timeout(timeout):
-                for request in requests:
-                    await request.done.wait()
-        except TimeoutError:
-            pass
-        finally:
-            self._exchanges.discard(exchange)
-            for request in requests:
-                self._withdraw(request)
+        self._counts["requests"] += len(requests)
+        for request in requests:
+            self._look_again(request)
+        for node_id in {request.node_id for request in requests}:
+            if session := self._sessions.get(node_id):
+                session.wake.set()
+            elif self._mailroom.owed_by(node_id):
+                self._vigil.begin(node_id)
 
-    def drain(self, reason: str) -> None:
-        """Tell every holder that the coordinator stops; exchanges are cancelled or refused."""
+    def withdraw(self, requests: Iterable[Request]) -> None:
+        """Close requests that are still open; their holders are told."""
+        for request in requests:
+            self._withdraw(request)
+
+    async def drain(self, reason: str, grace: float) -> None:
+        """Tell every holder that the coordinator stops.
+
+        A holder that is in the middle of a reply is told once that is complete, or when ``grace``
+        is over: what has come of it may be worth minutes of its time.
+
+        Args:
+            reason: for people.
+            grace: seconds.
+        """
         self._draining = True
-        for exchange in self._exchanges:
-            if exchange is not None:
-                exchange.cancel()
-        for session in self._sessions.values():
-            session.end(pb.Goodbye.DRAINING, reason)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                while self._say_goodbye(reason):
+                    self._news.clear()
+                    await self._news.wait()
+        self._say_goodbye(reason, to_all=True)
 
     # The RPC
 
@@ -135,10 +162,10 @@ class Switchboard(FederationServicer):
             admitted = self._authenticated(context)
             # Without TLS there is no name yet, and a connection has one stream at a time.
             with self._door.entered(admitted.name or context.peer()):
-                holder = await self._admit(admitted.name, context)
-                session = Session(holder, Assembler(self._max_message_bytes), admitted)
+                session = await self._admit(admitted, context)
                 await self._converse(session, context)
         except Crowded:
+            self._counts["refused"] += 1
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"there are {_MOST_STREAMS} connections of this holder already; they end within "
@@ -147,21 +174,27 @@ class Switchboard(FederationServicer):
         except _Turn as turn:
             await context.abort(turn.code, str(turn))
 
-    async def _admit(self, name: str, context: _Context) -> Holder:
+    async def _admit(self, admitted: Admitted, context: _Context) -> Session:
+        """Hear who it is; the session takes over what an earlier one has begun."""
         hello = await _hello(context, self._hello_timeout)
-        if hello.protocol != PROTOCOL:
-            raise _Turn(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"the holder's software ({shown(hello.software, 64)}) speaks version "
-                f"{hello.protocol} of the link, the coordinator's ({self._software}) version "
-                f"{PROTOCOL}; install the same release of sotto on both",
-            )
+        if self._draining:
+            self._refuse(grpc.StatusCode.UNAVAILABLE, "the coordinator stops")
         try:
-            name = name or check_holder_name(hello.name)
+            version = spoken(hello, self._software)
         except LinkError as error:
-            raise _Turn(grpc.StatusCode.UNAUTHENTICATED, str(error)) from None
+            self._refuse(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        try:
+            name = admitted.name or check_holder_name(hello.name)
+        except LinkError as error:
+            self._refuse(grpc.StatusCode.UNAUTHENTICATED, str(error))
         task, software = shown(hello.task, 64), shown(hello.software, 64)
-        return Holder(node_id_of(name), name, task, software, unquote(context.peer()))
+        holder = Holder(node_id_of(name), name, task, software, unquote(context.peer()))
+        assembler = Assembler(self._max_message_bytes, self._take_beginning(holder.node_id))
+        return Session(holder, assembler, admitted, hello, version)
+
+    def _refuse(self, code: grpc.StatusCode, sentence: str) -> NoReturn:
+        self._counts["refused"] += 1
+        raise _Turn(code, sentence) from None
 
     def _authenticated(self, context: _Context) -> Admitted:
         """Who the certificate says it is; nobody yet where there is no TLS."""
@@ -169,8 +202,14 @@ class Switchboard(FederationServicer):
             return self.admission.admit(context.auth_context())
         except LinkError as error:
             address = unquote(context.peer())
-            self._log.warning("", "refused a connection from %s: %s", address, str(error))
-            raise _Turn(grpc.StatusCode.PERMISSION_DENIED, str(error)) from None
+            self._log.warning(
+                "",
+                "refused a connection from %s: %s",
+                address,
+                str(error),
+                event="connection_refused",
+            )
+            self._refuse(grpc.StatusCode.PERMISSION_DENIED, str(error))
 
     async def _converse(self, session: Session, context: _Context) -> None:
         # A TimeoutError is the session's limit; a BaseError a stream that broke under a task.
@@ -194,14 +233,17 @@ class Switchboard(FederationServicer):
         holder = session.holder
         older = self._sessions.get(holder.node_id)
         self._sessions[holder.node_id] = session
+        self._vigil.note(holder.node_id, session.admitted)
+        self._counts["connections"] += 1
         if older is None:
-            self._log.info(holder.name, "%s joined", holder.name)
+            self._log.info(holder.name, "%s joined", holder.name, event="holder_joined")
         else:
             self._log.warning(
                 holder.name,
                 "%s joined again, from %s; its older connection, from %s, is closed; if that was "
                 "no restart, somebody else has its key: sotto keys revoke",
                 *(holder.name, holder.address, older.holder.address),
+                event="holder_joined_again",
             )
             older.end(
                 pb.Goodbye.REPLACED,
@@ -216,6 +258,7 @@ class Switchboard(FederationServicer):
                 "the certificate of %s %s; have it run `sotto keys request`, approve that, and "
                 "have it install the bundle",
                 *(holder.name, note),
+                event="certificate_expires",
             )
         self._announce()
 
@@ -223,50 +266,120 @@ class Switchboard(FederationServicer):
         node_id = session.holder.node_id
         if self._sessions.get(node_id) is session:
             del self._sessions[node_id]
-            self._log.info(session.holder.name, "%s left", session.holder.name)
+            self._mailroom.keep(node_id, session.assembler.break_off())
+            self._log.info(session.holder.name, "%s left", session.holder.name, event="holder_left")
             self._announce()
+            if self._mailroom.owed_by(node_id):
+                self._vigil.begin(node_id)
+        self._news.set()
+
+    def _take_beginning(self, node_id: int) -> Beginning | None:
+        """What has come of a reply over earlier streams of a holder.
+
+        One of them may still stand: where its end did not reach the coordinator, the next one is
+        the first sign of it.
+        """
+        if session := self._sessions.get(node_id):
+            self._mailroom.keep(node_id, session.assembler.break_off())
+        return self._mailroom.take(node_id)
 
     def _announce(self) -> None:
         self._on_change({key: live.holder for key, live in self._sessions.items()})
 
-    def _wake(self, node_id: int) -> None:
-        if session := self._sessions.get(node_id):
-            session.wake.set()
+    def _say_goodbye(self, reason: str, *, to_all: bool = False) -> bool:
+        """Tell the holders that are not amid a reply; whether there are any others."""
+        waiting = False
+        for session in self._sessions.values():
+            reply_to = session.assembler.reply_to
+            amid = self._mailroom.find(reply_to, session.holder.node_id) is not None
+            if amid and not to_all:
+                waiting = True
+            else:
+                session.end(pb.Goodbye.DRAINING, reason)
+        return waiting
+
+    # Requests that end without a reply
+
+    def _look_again(self, request: Request) -> None:
+        """Withdraw a request once its time is over."""
+        loop = asyncio.get_running_loop()
+        self._timers.pop(request.id, None)
+        late = loop.time() - request.deadline.due
+        if late > _STOOD_STILL:
+            request.deadline.excuse(loop.time(), late)
+        if request.deadline.passed(loop.time()):
+            self._withdraw(request)
+        elif request.deadline.due < math.inf:
+            self._timers[request.id] = loop.call_at(request.deadline.due, self._look_again, request)
 
     def _withdraw(self, request: Request) -> None:
         if not self._mailroom.withdraw(request):
             return
+        self._close(request)
         session = self._sessions.get(request.node_id)
-        if session is not None and request.carried_by is session:
-            session.say(_withdrawal(request))
-            if session.assembler.reply_to == request.id:
-                session.assembler.discard()  # a holder that writes slowly holds no memory longer
+        if session is not None:
+            if request.carried_by is session:
+                session.say(_withdrawal(request.id))
+            # A holder that writes slowly holds no memory longer.
+            session.assembler.forget(request.id)
+
+    def _settle(self, request: Request, reply: Reply) -> None:
+        self._mailroom.settle(request, reply)
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        """Nobody waits for a request any more."""
+        if timer := self._timers.pop(request.id, None):
+            timer.cancel()
+        if not self._mailroom.owed_by(request.node_id):
+            self._vigil.end(request.node_id)
+        self._news.set()
+
+    def _settle_all(self, node_id: int, sentence: str) -> None:
+        for request in self._mailroom.owed_by(node_id):
+            self._settle(request, Error(UNREADABLE_REPLY, sentence))
+
+    def _bar(self, node_id: int, name: str, sentence: str) -> None:
+        """A holder that is away may not come back."""
+        self._log.warning(name, "%s may not come back: %s", name, sentence, event="holder_barred")
+        self._settle_all(node_id, sentence)
 
     async def _guard(self, session: Session) -> None:
         """End the stream of a holder that may no longer stay; the round goes on without it."""
         sentence = await self.admission.barred(session.admitted)
         holder = session.holder
-        self._log.warning(holder.name, "closed the connection of %s: %s", holder.name, sentence)
+        self._log.warning(
+            holder.name,
+            "closed the connection of %s: %s",
+            holder.name,
+            sentence,
+            event="holder_barred",
+        )
         # A newer stream of this holder, with another certificate, goes on with what it owes.
         if self._sessions.get(holder.node_id) is session:
-            for request in self._mailroom.owed_by(holder.node_id):
-                self._mailroom.settle(request, Error(UNREADABLE_REPLY, sentence))
+            self._settle_all(holder.node_id, sentence)
         raise _Turn(grpc.StatusCode.PERMISSION_DENIED, sentence)
 
     # Writing
 
     async def _write(self, session: Session, context: _Context) -> None:
+        begun = session.assembler.beginning
         welcome = pb.Welcome(
             node_id=session.holder.node_id,
             holder=session.holder.name,
             federation=self._federation,
             software=self._software,
             max_message_bytes=self._max_message_bytes,
+            protocol=session.version,
+            begun=begun.named if begun else None,
         )
         await context.write(pb.CoordinatorFrame(welcome=welcome))
+        self._forget_withdrawn(session)
+        await self._flush(session, context)
+        first = session.hello.begun.message_id
         while not session.ending:
-            request = self._mailroom.next_for(session.holder.node_id, session)
-            if request is not None:
+            request = self._mailroom.next_for(session.holder.node_id, session, first)
+            if request is not None and not self._draining:
                 await self._send(request, session, context)
             elif not session.control:
                 await session.wake.wait()
@@ -274,17 +387,31 @@ class Switchboard(FederationServicer):
             await self._flush(session, context)
         await self._flush(session, context)
 
+    def _forget_withdrawn(self, session: Session) -> None:
+        """Let a holder forget requests that were withdrawn while it was away."""
+        hello, node_id = session.hello, session.holder.node_id
+        for message_id in (hello.begun.message_id, *hello.in_hand):
+            if message_id and self._mailroom.find(message_id, node_id) is None:
+                session.say(_withdrawal(message_id))
+
     async def _send(self, request: Request, session: Session, context: _Context) -> None:
+        begun = pb.Begun() if session.asked else session.hello.begun
         request.carried_by = session
         session.asked += 1
-        await context.write(pb.CoordinatorFrame(header=request.header))
-        for chunk in request.payload.chunks():
+        if request.id in session.hello.in_hand:
+            await context.write(pb.CoordinatorFrame(again=pb.Again(message_id=request.id)))
+            return
+        header = continued(request.header, begun)
+        await context.write(pb.CoordinatorFrame(header=header))
+        for chunk in request.payload.chunks(offset=header.offset):
             if session.ending:
                 return
             if not self._mailroom.is_open(request):
-                session.say(_withdrawal(request))
+                session.say(_withdrawal(request.id))
                 return
             await context.write(pb.CoordinatorFrame(chunk=chunk))
+            self._counts["bytes_sent"] += min(CHUNK_BYTES, header.payload_bytes - chunk.offset)
+            request.deadline.progressed(_now())
 
     async def _flush(self, session: Session, context: _Context) -> None:
         while session.control:
@@ -298,9 +425,12 @@ class Switchboard(FederationServicer):
             while (frame := await _next(context)) is not None:
                 if frame.HasField("goodbye"):
                     return
+                if frame.HasField("progress"):
+                    self._note_progress(frame.progress, session)
+                    continue
                 reply_to = frame.header.reply_to or session.assembler.reply_to
                 if (reply := self._feed(frame, session)) is not None:
-                    self._settle(reply, session.holder)
+                    self._take_reply(reply, session.holder)
         except WireError as error:
             self._give_up(reply_to, session.holder, error)
             raise _Turn(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
@@ -311,9 +441,25 @@ class Switchboard(FederationServicer):
                 wanted = self._wanted(frame.header, session)
                 return session.assembler.begin(frame.header, keep=wanted)
             case "chunk":
-                return session.assembler.add(frame.chunk)
+                return self._add(frame.chunk, session)
             case kind:
                 raise WireError(f"a frame of kind {kind} came where a reply was due")
+
+    def _add(self, chunk: pb.Chunk, session: Session) -> Incoming | None:
+        """Take a chunk of a reply, which is a sign of life."""
+        assembler = session.assembler
+        if request := self._mailroom.find(assembler.reply_to, session.holder.node_id):
+            request.deadline.progressed(_now())
+        before = assembler.taken
+        reply = assembler.add(chunk)
+        self._counts["bytes_received"] += assembler.taken - before
+        return reply
+
+    def _note_progress(self, progress: pb.Progress, session: Session) -> None:
+        """A holder says that it has completed a step; as often as it was asked to, and no more."""
+        request = self._mailroom.find(progress.message_id, session.holder.node_id)
+        if request is None or not request.deadline.heard(_now()):
+            self._count_unwanted(session, "signs of life")
 
     def _wanted(self, header: pb.Header, session: Session) -> bool:
         holder = session.holder
@@ -321,9 +467,8 @@ class Switchboard(FederationServicer):
             return False
         if self._mailroom.find(header.reply_to, holder.node_id) is not None:
             return True
-        session.unwanted += 1
-        if session.unwanted > session.asked + _MOST_UNWANTED:
-            raise WireError("replies keep coming that nobody asked for")
+        self._count_unwanted(session, "replies")
+        self._counts["replies_dropped"] += 1
         self._log.warning(
             holder.name,
             "dropped a reply of %s to request %s: %s",
@@ -332,22 +477,45 @@ class Switchboard(FederationServicer):
             "it was put to another holder"
             if self._mailroom.is_known(header.reply_to)
             else "it was never made, is answered already or was withdrawn",
+            event="reply_dropped",
         )
         return False
 
-    def _settle(self, reply: Incoming, holder: Holder) -> None:
+    def _count_unwanted(self, session: Session, what: str) -> None:
+        session.unwanted += 1
+        if session.unwanted > session.asked + _MOST_UNWANTED:
+            raise WireError(f"{what} keep coming that nobody asked for")
+
+    def _take_reply(self, reply: Incoming, holder: Holder) -> None:
         request = self._mailroom.find(reply.header.reply_to, holder.node_id)
         if request is None:
-            self._log.warning(holder.name, "dropped a reply of %s that came too late", holder.name)
+            self._counts["replies_dropped"] += 1
+            self._log.warning(
+                holder.name,
+                "dropped a reply of %s that came too late",
+                holder.name,
+                event="reply_dropped",
+            )
         else:
-            self._mailroom.settle(request, reply)
+            self._counts["replies"] += 1
+            self._settle(request, reply)
 
     def _give_up(self, reply_to: str, holder: Holder, error: WireError) -> None:
         """Let the round go on without a holder whose reply breaks the contract."""
-        self._log.warning(holder.name, "closed the connection of %s: %s", holder.name, str(error))
+        self._log.warning(
+            holder.name,
+            "closed the connection of %s: %s",
+            holder.name,
+            str(error),
+            event="connection_closed",
+        )
         request = self._mailroom.find(reply_to, holder.node_id)
         if request is not None:
-            self._mailroom.settle(request, Error(UNREADABLE_REPLY, f"unreadable reply: {error}"))
+            self._settle(request, Error(UNREADABLE_REPLY, f"unreadable reply: {error}"))
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def _next(context: _Context) -> pb.HolderFrame | None:
@@ -373,8 +541,8 @@ async def _hello(context: _Context, timeout: float) -> pb.Hello:
     raise _Turn(grpc.StatusCode.INVALID_ARGUMENT, "a stream must begin with Hello")
 
 
-def _withdrawal(request: Request) -> pb.CoordinatorFrame:
-    return pb.CoordinatorFrame(withdraw=pb.Withdraw(message_id=request.id))
+def _withdrawal(message_id: str) -> pb.CoordinatorFrame:
+    return pb.CoordinatorFrame(withdraw=pb.Withdraw(message_id=message_id))
 
 
 async def _until_first(*coroutines: Coroutine[Any, Any, None]) -> None:

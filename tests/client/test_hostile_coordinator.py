@@ -18,12 +18,15 @@ from client.node import Connected, Disconnected, Requested
 from common.link import federation_pb2 as pb
 from common.link.codec import encode
 from common.link.federation_pb2_grpc import FederationServicer
-from common.link.transfer import MAX_HEADER_BYTES, PROTOCOL
+from common.link.transfer import MAX_HEADER_BYTES
+from common.link.versions import NEWEST
 from tests.client.test_node import scripted
 from tests.integration.processes import wait_until
 from tests.linking import PATIENCE, content, echo, running
 
-WELCOME = pb.CoordinatorFrame(welcome=pb.Welcome(node_id=7, holder="a", max_message_bytes=1 << 20))
+WELCOME = pb.CoordinatorFrame(
+    welcome=pb.Welcome(node_id=7, holder="a", max_message_bytes=1 << 20, protocol=NEWEST)
+)
 
 
 def request(number: int) -> list[pb.CoordinatorFrame]:
@@ -128,7 +131,7 @@ def test_withdrawn_requests_that_were_not_begun_are_forgotten() -> None:
 def stream(port: int) -> Iterator[tuple[Stream, SimpleQueue[Any]]]:
     """A connection whose events nobody takes."""
     inbox: SimpleQueue[Any] = SimpleQueue()
-    hello = pb.Hello(protocol=PROTOCOL, name="a")
+    hello = pb.Hello(protocol=NEWEST, name="a")
     address = f"localhost:{port}"
     one = Stream(address, keys=None, hello=hello, inbox=inbox, max_message_bytes=1 << 20)
     try:
@@ -173,7 +176,7 @@ def test_replies_that_nobody_takes_do_not_pile_up() -> None:
 
 def test_what_it_says_is_one_printable_line() -> None:
     nasty = "line\n\x1b[2J" * 5000
-    welcome = pb.Welcome(holder="a\x1b[31m", federation=nasty)
+    welcome = pb.Welcome(holder="a\x1b[31m", federation=nasty, protocol=NEWEST)
     goodbye = pb.Goodbye(code=pb.Goodbye.DRAINING, reason=nasty)
     frames = (pb.CoordinatorFrame(welcome=welcome), pb.CoordinatorFrame(goodbye=goodbye))
     with scripted(Coordinator(*frames)) as port, running(port, name="a") as runner:

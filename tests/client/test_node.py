@@ -11,14 +11,16 @@ import pytest
 from flwr.app import Message
 
 from client.node import Backoff, Connected, Disconnected, Node, Replied, Requested
-from common.errors import LinkError
+from common.errors import ConfigurationError, LinkError
 from common.link import federation_pb2 as pb
 from common.link.federation_pb2_grpc import (
     FederationServicer,
     add_FederationServicer_to_server,
 )
+from common.link.keepalive import SHORTEST_KEEPALIVE
 from common.link.keys import CoordinatorKeys
 from server.grid import LinkGrid
+from tests.integration.processes import free_port, wait_until
 from tests.linking import (
     PATIENCE,
     Exchange,
@@ -211,6 +213,39 @@ def test_a_withdrawn_request_is_not_worked_on() -> None:
     assert gate.calls == 2
 
 
+def test_a_name_that_leads_elsewhere_is_followed() -> None:
+    first = LinkGrid("127.0.0.1:0", keys=None)
+    port = first.start()
+    with running(port, sign_with("a"), name="a") as runner:
+        runner.wait_for(Connected)
+        first.stop()
+        with LinkGrid(f"[::1]:{port}", keys=None) as second:
+            (reply,) = second.send_and_receive([ask("a", "moved")], timeout=PATIENCE)
+    assert text_of(reply) == "moved a"
+
+
+def test_ends_with_different_keep_alive_get_on() -> None:
+    """A server closes connections of clients that ping more often than it allows."""
+    with (
+        LinkGrid("localhost:0", keys=None, keepalive=3600.0) as grid,
+        running(grid.port, name="a", keepalive=SHORTEST_KEEPALIVE) as runner,
+    ):
+        runner.wait_for(Connected)
+        # gRPC forgives two pings that come too early; the default allows one in five minutes.
+        with pytest.raises(LinkError, match="1 of 2"):
+            grid.wait_for_holders(2, timeout=7.0 * SHORTEST_KEEPALIVE)
+        assert len(grid.send_and_receive([ask("a")], timeout=PATIENCE)) == 1
+    assert runner.node.traffic.connections == 1
+
+
+@pytest.mark.parametrize("keepalive", [0.0, 0.5, 3601.0])
+def test_keep_alive_has_bounds(keepalive: float) -> None:
+    with pytest.raises(ConfigurationError, match="keepalive must be 1 to 3600 seconds"):
+        Node("localhost:1", echo, keys=None, name="a", keepalive=keepalive)
+    with pytest.raises(ConfigurationError, match="keepalive must be 1 to 3600 seconds"):
+        LinkGrid("localhost:0", keys=None, keepalive=keepalive)
+
+
 # Leaving
 
 
@@ -313,9 +348,32 @@ def test_plain_text_needs_loopback_and_a_name() -> None:
         Node("localhost", echo, keys=None, name="a")
 
 
-def test_waits_grow_up_to_a_bound_and_differ() -> None:
-    backoff = Backoff(first=1.0, longest=30.0)
-    for attempt, bound in ((0, 1.0), (3, 8.0), (5, 30.0), (10_000, 30.0)):
-        waits = [backoff.delay(attempt) for _ in range(200)]
-        assert 0.0 <= min(waits) < 0.2 * bound
-        assert 0.8 * bound < max(waits) <= bound
+@pytest.mark.parametrize(
+    ("attempt", "outage", "bound"),
+    [(0, 0.1, 0.1), (3, 1.0, 0.8), (5, 119.0, 1.5), (200, 400.0, 5.0), (10_000, 1e6, 30.0)],
+)
+def test_waits_grow_with_the_outage_up_to_a_bound_and_differ(
+    attempt: int, outage: float, bound: float
+) -> None:
+    # Of 200 uniform waits none above 80% or none below 20% has a chance of 0.8^200 < 1e-19.
+    waits = [Backoff().delay(attempt, outage) for _ in range(200)]
+    assert 0.0 <= min(waits) < 0.2 * bound
+    assert 0.8 * bound < max(waits) <= bound
+
+
+def test_where_nobody_listens_a_holder_goes_on_trying_as_often() -> None:
+    """However long the coordinator is down; elsewhere the waits grow with the outage."""
+    outages: list[float] = []
+
+    class Noted(Backoff):
+        def delay(self, attempt: int, outage: float) -> float:
+            outages.append(outage)
+            return 0.01
+
+    node = Node(f"127.0.0.1:{free_port()}", echo, keys=None, name="north", backoff=Noted())
+    thread = threading.Thread(target=node.run, daemon=True)
+    thread.start()
+    wait_until(lambda: len(outages) >= 3, "three attempts")
+    node.stop()
+    thread.join(PATIENCE)
+    assert set(outages) == {0.0}

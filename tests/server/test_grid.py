@@ -4,6 +4,8 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,9 +19,10 @@ from common.errors import LinkError
 from common.link import federation_pb2 as pb
 from common.link.identity import node_id_of
 from common.link.keys import CoordinatorKeys, HolderKeys
-from common.link.transfer import PROTOCOL
+from common.link.versions import NEWEST
 from server.grid import LinkGrid
 from server.link.switchboard import Switchboard
+from tests.integration.processes import wait_until
 from tests.linking import (
     PATIENCE,
     Exchange,
@@ -192,7 +195,7 @@ def test_an_unreadable_reply_costs_its_holder_the_round_and_not_the_stream(grid:
 
 @pytest.mark.parametrize(
     "frame",
-    [{"chunk": pb.Chunk(data=b"x")}, {"hello": pb.Hello(protocol=PROTOCOL)}, {}],
+    [{"chunk": pb.Chunk(data=b"x")}, {"hello": pb.Hello(protocol=NEWEST)}, {}],
     ids=["stray chunk", "second hello", "empty"],
 )
 def test_frames_out_of_place_end_the_stream(grid: LinkGrid, frame: dict[str, object]) -> None:
@@ -202,7 +205,7 @@ def test_frames_out_of_place_end_the_stream(grid: LinkGrid, frame: dict[str, obj
 
 
 def test_another_version_of_the_protocol_is_told_so(grid: LinkGrid) -> None:
-    hello = pb.Hello(protocol=PROTOCOL + 1, software="sotto 9", name="a")
+    hello = pb.Hello(protocol=NEWEST + 1, oldest=NEWEST + 1, software="sotto 9", name="a")
     with RawHolder(grid.port, hello=hello) as holder:
         failure = holder.failure()
 
@@ -304,6 +307,47 @@ def test_a_newly_approved_holder_joins_a_running_coordinator(
             assert grid.wait_for_holders(1, PATIENCE) == [node_id_of("a")]
 
 
+def test_a_holder_that_is_revoked_while_it_is_away_is_not_waited_for(
+    coordinator: CoordinatorKeys, tmp_path: Path
+) -> None:
+    keys = enrol(tmp_path / "a", coordinator, "a")
+    enrol(tmp_path / "b", coordinator, "b")
+    with LinkGrid("localhost:0", keys=coordinator) as grid:
+        with RawHolder(grid.port, keys=keys) as holder:
+            holder.receive("welcome")
+            asked_before = Exchange(grid, ask("a"))
+            holder.receive_request()
+        wait_until(lambda: not grid.holders, "the end of the stream")
+        asked_after = Exchange(grid, ask("a"))
+        wait_until(lambda: grid.traffic.requests == 2, "the second request")
+
+        coordinator.revoke("a")
+
+        for exchange in (asked_before, asked_after):
+            (reply,) = exchange.replies()
+            assert "revoked" in (reply.error.reason or "")
+        again = Exchange(grid, ask("a"))  # whoever asks later learns it as well
+        assert "revoked" in (again.replies()[0].error.reason or "")
+
+
+def test_a_holder_that_changes_its_certificate_while_it_is_away_is_waited_for(
+    coordinator: CoordinatorKeys, tmp_path: Path
+) -> None:
+    keys = enrol(tmp_path / "a", coordinator, "a")
+    with LinkGrid("localhost:0", keys=coordinator) as grid:
+        with RawHolder(grid.port, keys=keys) as holder:
+            holder.receive("welcome")
+            exchange = Exchange(grid, ask("a", "still wanted"))
+            holder.receive_request()
+        wait_until(lambda: not grid.holders, "the end of the stream")
+        other = HolderKeys.request(tmp_path / "other", "a")
+        newer = HolderKeys.install(tmp_path / "other", coordinator.approve(other, replace=True))
+        with pytest.raises(LinkError, match="0 of 1"):
+            grid.wait_for_holders(1, timeout=1.2)  # the roster is looked at twice a second
+        with running(grid.port, keys=newer):
+            assert [text_of(reply) for reply in exchange.replies()] == ["still wanted"]
+
+
 # Life
 
 
@@ -348,8 +392,8 @@ def test_a_request_after_draining_began_is_refused() -> None:
         board = Switchboard(
             keys=None, federation="", software="", max_message_bytes=1, on_change=lambda _: None
         )
-        board.drain("the coordinator stops")
-        await board.exchange([], timeout=0.0)
+        await board.drain("the coordinator stops", grace=0.0)
+        await board.post([])
 
     with pytest.raises(LinkError, match="the link is stopping"):
         asyncio.run(ask_late())
@@ -377,6 +421,37 @@ def test_a_grid_that_nobody_stops_lets_the_process_end() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_grid_that_was_stopped_leaves_nothing_behind(
+    secure: bool, coordinator: CoordinatorKeys, tmp_path: Path
+) -> None:
+    keys = enrol(tmp_path / "a", coordinator, "a") if secure else None
+
+    def live() -> None:
+        with LinkGrid("localhost:0", keys=coordinator if secure else None) as grid:
+            with RawHolder(grid.port, "a", keys=keys) as holder:
+                holder.receive("welcome")
+                exchange = Exchange(grid, ask("a"))
+                holder.receive_request()
+                grid.push_messages([ask("a"), ask("b")], timeout=PATIENCE)
+                grid.stop()
+                assert exchange.replies() == []
+            assert isinstance(exchange.error, LinkError)
+
+    for _ in range(3):  # whatever is made once
+        live()
+    threads, files = threading.active_count(), open_files()
+    for _ in range(5):
+        live()
+    wait_until(lambda: threading.active_count() <= threads, "all threads to end")
+    wait_until(lambda: open_files() <= files, "all files to be closed")
+
+
+def open_files() -> int:
+    """File descriptors of this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def test_a_content_for_many_is_encoded_once(grid: LinkGrid) -> None:
     class Counting(RecordDict):
         reads = 0
@@ -402,3 +477,23 @@ def test_a_holders_error_is_passed_on(grid: LinkGrid) -> None:
         (reply,) = grid.send_and_receive([ask("a")], timeout=PATIENCE)
 
     assert reply.error == Error(6, "budget: 0.1 of 3.0 left")
+
+
+def test_what_each_holder_was_asked_and_when_it_left_can_be_seen(grid: LinkGrid) -> None:
+    with raw(grid, "a") as holder:
+        exchange = Exchange(grid, ask("a"))
+        header = holder.receive_request()
+        assert grid.errands["a"].state == "open"
+        assert grid.errands["a"].message_type == "train"
+        assert grid.left == {}
+        holder.reply(header.message_id)
+        assert len(exchange.replies()) == 1
+        assert grid.errands["a"].state == "answered"
+    before = time.time()
+    while not grid.left:
+        assert time.time() < before + PATIENCE
+        time.sleep(0.01)
+
+    assert grid.left.keys() == {"a"}
+    with raw(grid, "a"):
+        assert grid.left == {}

@@ -40,7 +40,7 @@ def test_a_reply_counts_once_and_from_its_holder_only() -> None:
     mailroom.settle(asked, ERROR)
     mailroom.settle(asked, Error(2, "too late"))
     assert asked.reply is ERROR
-    assert asked.done.is_set()
+    assert asked.closed
     assert mailroom.find("a", 5) is None
     assert not mailroom.is_known("a")
 
@@ -54,7 +54,7 @@ def test_a_withdrawn_request_takes_no_reply() -> None:
     mailroom.settle(asked, ERROR)
 
     assert asked.reply is None
-    assert asked.done.is_set()
+    assert asked.closed
     assert mailroom.next_for(5, object()) is None
 
 
