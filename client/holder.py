@@ -4,6 +4,19 @@
 
 Whatever is asked, it goes through :meth:`Holder._answered_once`. What is to be masked
 (:mod:`client.secure`) leaves once and is not given again.
+
+Where the disk does not let us, at whichever of these steps, a :class:`~common.errors.StorageError`
+ends the request and nothing leaves; the same request made again goes on from what is on the disk:
+
+====================  ==========================  ==============================================
+what could not be     is on the disk              the same request then
+====================  ==========================  ==============================================
+room for the answer   nothing                     is a new one
+the reservation       nothing, or a reservation   is charged, unless it was
+the answer            a reservation               is computed again, at no further price
+the commit            a reservation, an answer    gets that answer, committed
+the ledger's head     a commit, an answer         gets that answer, and the head is written
+====================  ==========================  ==============================================
 """
 
 from __future__ import annotations
@@ -11,7 +24,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -20,14 +36,16 @@ import numpy as np
 import pandas as pd
 import torch
 
+from client.attempts import Attempts
 from client.policy import Policy
 from client.requests import Request, Terms
 from client.state import Answer, HolderState, Stored
 from client.statistics import check_questions, statistics_reply
 from client.trainer import Trainer
 from common.aggregation import Masked
-from common.errors import ConfigurationError, Refusal
-from common.plan import TrainingPlan
+from common.durable import append_line
+from common.errors import ConfigurationError, Refusal, StorageError
+from common.plan import LARGEST_UNDERSTATEMENT, TrainingPlan
 from common.privacy.discrete_noise import discrete_gaussian
 from common.privacy.distributed import noised_steps
 from common.privacy.events import Composition, DiscreteGaussian, Event
@@ -63,6 +81,14 @@ class MaskedRequest(Request, Protocol):
     def plan(self) -> TrainingPlan:
         """Of the run."""
         ...
+
+
+OnPhase = Callable[[str, float], None]
+
+
+def _nobody_asks(phase: str, seconds: float) -> None:
+    """What is told of a phase unless somebody wants to know."""
+    del phase, seconds
 
 
 def _unpredictable(request: Request) -> Randomness:
@@ -101,6 +127,9 @@ class Holder:
         seed: of the private parameters' start; None for an unpredictable one.
         rows: the training rows before encoding, for statistics; None if there are to be none of
             columns.
+        on_phase: told how many seconds each phase of a request took, ``"admit"`` (the ledger's
+            reservation), ``"compute"``, ``"store"`` and ``"commit"``, also where it failed. How
+            long computing took may depend on the data: it is for this side's eyes.
 
     Raises:
         ConfigurationError: the policy does not fit the data.
@@ -117,18 +146,20 @@ class Holder:
     evaluation_randomness: RandomnessFor = _unpredictable
     seed: int | None = None
     rows: pd.DataFrame | None = None
+    on_phase: OnPhase = _nobody_asks
 
     def __post_init__(self) -> None:
         self.policy.check_data(len(self.data.train))
         self.trainer = Trainer(self.task, self.data.train, self.device, seed=self.seed)
         self._units = self.trainer.units_digest if self.task.private_parameters else ""
-        self._failed: dict[str, bytes] = {}
+        self._attempts, self._update_bytes = Attempts(), self._largest_update()
 
     def train(self, request: RoundRequest) -> TrainReply:
         """Answer a training request.
 
         Raises:
             Refusal: the policy or the budget does not allow it; nothing was computed.
+            StorageError: the disk does not; nothing leaves, and it may be asked again.
         """
         plan = request.plan
         self.policy.check(plan, self.task, self.coordinator)
@@ -156,7 +187,8 @@ class Holder:
             reply = TrainReply(update.numpy(), weight, within)
             return Answer(reply, private, self._units).stored()
 
-        reply = Answer.of(self._answered_once(request, release, compute)).reply
+        stored = self._answered_once(request, release, compute, self._update_bytes)
+        reply = Answer.of(stored).reply
         assert reply is not None  # nothing of a plain plan leaves masked
         return reply
 
@@ -169,6 +201,7 @@ class Holder:
         Raises:
             Refusal: the policy or the budget does not allow it, or it was given; nothing was
                 computed.
+            StorageError: the disk does not; nothing leaves.
         """
         plan, aggregation = request.plan, request.plan.aggregation
         release = self._admitted(request)
@@ -192,7 +225,7 @@ class Holder:
                 vectors.append(encoding.encode(update.numpy().astype(np.float64) * weight))
             return Answer(None, private, self._units).stored()
 
-        self._answered_once(request, release, compute)
+        self._answered_once(request, release, compute, self._update_bytes)
         (vector,) = vectors
         return Contribution(vector, weight)
 
@@ -204,12 +237,15 @@ class Holder:
 
         Raises:
             Refusal: :meth:`contribution` would raise it.
+            StorageError: there is no room for what it stores.
         """
         release = self._admitted(request)
         for refusal in self.state.ledger.refusals(*self._terms(request, release)):
             raise refusal
         if self.policy.dry_run:
             raise self._rehearsed(f"taken part in round {request.round}", request.run_id)
+        with self.state.answers.room(release.request_id, self._update_bytes):
+            pass
 
     def evaluate(self, request: RoundRequest) -> EvaluateReply:
         """Evaluate on held-out units, note it down here, and send what plan and policy say.
@@ -335,13 +371,20 @@ class Holder:
         )
 
     def _answered_once(
-        self, request: Request, release: Release, compute: Callable[[], Stored]
+        self, request: Request, release: Release, compute: Callable[[], Stored], size: int = 0
     ) -> Stored:
         """Reserve, compute, store, commit: in this order, and once for each request.
 
+        Args:
+            request: as asked.
+            release: what it would release.
+            compute: makes the answer.
+            size: of the answer in bytes, roughly; by nothing that depends on data.
+
         Raises:
-            Refusal: the budget does not allow it, or it failed before on another model; nothing
+            Refusal: the budget does not allow it, or it was begun before on another model; nothing
                 was computed.
+            StorageError: see the table above.
         """
         terms = self._terms(request, release)
         if self.policy.dry_run:
@@ -349,36 +392,47 @@ class Holder:
                 raise refusal
             would = f"sent the {release.kind} of round {release.round}"
             raise self._rehearsed(would, request.run_id)
-        stored = self._stored_answer(release)
-        if stored is not None:
-            return stored
-        self._check_failed(request, release)
-        self.state.ledger.reserve(*terms)
-        try:
-            answer = compute()
-        except Exception:
-            self._failed[release.request_id] = _model_digest(request)
-            raise
-        digest = self.state.answers.put(release.request_id, answer)
-        # Committed before the first byte leaves: after a crash the account shows too much, never
-        # too little.
-        self.state.ledger.commit(release.request_id, digest)
+        answer = self._stored_answer(release)
+        if answer is None:
+            # Before anything is charged: else a full disk pays for round after round with nothing.
+            with self.state.answers.room(release.request_id, size):
+                answer = self._computed(request, terms, compute)
+        self._attempts.end(release.request_id)
         return answer
 
-    def _check_failed(self, request: Request, release: Release) -> None:
-        """Refuse another model under the name, and at the price, of a request that failed.
+    def _computed(
+        self, request: Request, terms: LedgerTerms, compute: Callable[[], Stored]
+    ) -> Stored:
+        name = terms[0].request_id
+        with self._phase("admit"):
+            again = self.state.ledger.reserve(*terms).repeated
+        self._attempts.begin(terms[0], _model_digest(request), again=again)
+        with self._phase("compute"):
+            answer = compute()
+        with self._phase("store"):
+            digest = self.state.answers.put(name, answer)
+        with self._phase("commit"):
+            # Committed before the first byte leaves: after a crash the account shows too much,
+            # never too little.
+            self.state.ledger.commit(name, digest)
+        return answer
 
-        That it failed has been told and may depend on the data, so a coordinator that varies the
-        model could ask one question after another, all for the one charge. The same model may be
-        tried again. After a crash there is nothing to compare: nothing had been told.
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.on_phase(name, time.perf_counter() - begin)
+
+    def _largest_update(self) -> int:
+        """Bytes of an update's answer on the disk, for the most units that the policy allows.
+
+        Whether a request is declined for want of room must not depend on how many there are.
         """
-        failed = self._failed.get(release.request_id)
-        if failed is not None and failed != _model_digest(request):
-            raise Refusal(
-                "request",
-                f"round {release.round} failed here before with other parameters; ask with the "
-                "same, or for another round",
-            )
+        a_unit = self.trainer.private_bytes / max(1, self.trainer.units)
+        units = LARGEST_UNDERSTATEMENT * self.policy.size_class
+        return 4 * self.trainer.dimension + math.ceil(a_unit * units)
 
     def _rehearsed(self, would: str, run_id: str) -> Refusal:
         """What the policy's dry run says instead of an answer, here and to the coordinator."""
@@ -406,24 +460,33 @@ class Holder:
             )
 
     def _stored_answer(self, release: Release) -> Stored | None:
-        """The answer given to this very request before; none if it was not answered yet."""
+        """The answer that this very request has; none if there is none yet.
+
+        One that was stored, and whose commit failed, becomes the answer now.
+        """
         entry = self.state.ledger.find(release.request_id)
-        if entry is None or entry.state != "committed":
+        if entry is None:
             return None
         if different := entry.release.differences(release):
             raise Refusal(
                 "request",
-                f"round {release.round} was answered before with another {', '.join(different)}",
+                f"round {release.round} was asked before with another {', '.join(different)}",
             )
-        answer = self.state.answers.get(release.request_id, entry.reply_digest)
+        committed = entry.state == "committed"
+        digest = entry.reply_digest if committed else self.state.answers.digest(release.request_id)
+        if digest is None:
+            return None
+        answer = self.state.answers.get(release.request_id, digest)
+        if not committed and (answer is None or not answer.can_be_given):
+            return None
         if answer is None:
             raise Refusal(
                 "answered",
                 f"round {release.round} was answered before and the answer is no longer kept; "
                 "it will not be computed twice",
             )
-        # Writes nothing new; it makes sure that the ledger's head, too, knows of the answer.
-        self.state.ledger.commit(release.request_id, entry.reply_digest)
+        # Also where it was committed before: the ledger's head may not know yet.
+        self.state.ledger.commit(release.request_id, digest)
         return answer
 
     def _private(self, request: RoundRequest, number: int) -> dict[str, torch.Tensor] | None:
@@ -444,10 +507,20 @@ class Holder:
         return None
 
     def _note(self, request: RoundRequest, metrics: dict[str, float]) -> None:
-        """Keep the holder's own figures in its own folder; they do not leave with this."""
+        """Keep the holder's own figures in its own folder; they do not leave with this.
+
+        A line that cannot be written costs the round nothing.
+        """
         if self.state.folder is None:
             return
-        line = {
+        try:
+            line = json.dumps(self._figures(request, metrics))
+            append_line(self.state.folder / "metrics.jsonl", line)
+        except StorageError as error:
+            logger.warning("round %d has no line in metrics.jsonl: %s", request.round, error)
+
+    def _figures(self, request: RoundRequest, metrics: dict[str, float]) -> dict[str, object]:
+        return {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "run": request.run_id,
             "round": request.round,
@@ -455,8 +528,6 @@ class Holder:
             "epsilon_spent": _finite(self.spent()),
             "epsilon_budget": self.policy.budget.epsilon if self.policy.budget else None,
         }
-        with (self.state.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def _model_digest(request: Request) -> bytes:

@@ -109,6 +109,11 @@ class Trainer:
 
     Raises:
         ConfigurationError: the model has layers that mix examples (batch norm).
+
+    Attributes:
+        on_step: called after every local step, as many times as the plan has, so that somebody can
+            say that the work goes on. How many parts a large batch goes through in depends on the
+            data, and is not told.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class Trainer:
         self._separate = False
         self._initial_private = private_of(task, model)
         self._gradients: GradSampleModule | None = None
+        self.on_step: Callable[[], None] = _nobody_asks
 
     def warm_up(self) -> None:
         """Do now what the first round would wait for: hooks, and torch's late imports."""
@@ -134,6 +140,11 @@ class Trainer:
     def dimension(self) -> int:
         """D, the number of shared parameters."""
         return sum(parameter.numel() for _, parameter in named_shared(self.task, self._model))
+
+    @property
+    def private_bytes(self) -> int:
+        """Bytes of the private parameters; their number follows that of the units."""
+        return sum(value.nbytes for value in self._initial_private.values())
 
     @property
     def units_digest(self) -> str:
@@ -187,6 +198,7 @@ class Trainer:
         try:
             for _ in range(plan.local_steps):
                 step(self._sample(plan, randomness))
+                self.on_step()
         except BaseException:
             # Opacus' hooks keep what a broken step left in them, and would fail every later one.
             self._unhook()
@@ -237,6 +249,7 @@ class Trainer:
                 total += self._clipped_sum(model, part, plan.privacy.clip_norm)
             if optimizer is not None:
                 optimizer.step()
+            self.on_step()
         except BaseException:
             # As in train: what a broken step left would fail every later one.
             self._unhook()
@@ -475,6 +488,10 @@ class Trainer:
             if name in self.task.private_parameters
         ]
         return torch.optim.SGD(parameters, lr=self.task.private_learning_rate)
+
+
+def _nobody_asks() -> None:
+    """What is called after a step unless somebody wants to know."""
 
 
 def _filled_up(units: Examples, multiple: int) -> Examples:

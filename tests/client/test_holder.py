@@ -248,7 +248,7 @@ def test_a_stored_answer_is_for_the_request_it_answered(tmp_path: Path) -> None:
         holder(state, unprotected=True).train(request(no_dp=True, epsilon=None))
     with HolderState.at(tmp_path) as state:
         clinic = holder(state)
-        with pytest.raises(Refusal, match=r"answered before with another .*event"):
+        with pytest.raises(Refusal, match=r"asked before with another .*event"):
             clinic.train(request())
 
 
@@ -258,13 +258,13 @@ def test_answers_of_the_last_runs_only_are_kept_and_never_the_new_one_dropped(
     with HolderState.at(tmp_path) as state:
         clinic = holder(state, budget=Budget(50.0, 1e-4))
         for run in range(KEPT_RUNS + 2):
-            for number in (3, 4, 5, 1):  # round 1 last: an older round, asked later
+            for number in (2, 3, 4, 5, 6, 1):  # round 1 last: an older round, asked later
                 clinic.train(request(number, f"run{run}", rounds=500))
         runs = list((tmp_path / "answers").iterdir())
         assert len(runs) == KEPT_RUNS
         last = tmp_path / "answers" / f"run{KEPT_RUNS + 1}"
         kept = sorted(path.stem for path in last.iterdir())
-        assert kept == ["000001", "000005"]
+        assert kept == ["000001", "000004", "000005", "000006"]
 
 
 def test_an_evaluation_that_fails_is_not_told(

@@ -137,7 +137,7 @@ def test_the_same_request_gets_the_same_bytes_and_costs_nothing_again(tmp_path: 
 def test_a_stored_answer_is_for_the_questions_it_answered() -> None:
     clinic = holder(HolderState.in_memory())
     clinic.statistics(request())
-    with pytest.raises(Refusal, match="answered before with another plan_digest"):
+    with pytest.raises(Refusal, match="asked before with another plan_digest"):
         clinic.statistics(request(columns=["x0"]))
 
 

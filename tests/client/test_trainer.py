@@ -413,6 +413,26 @@ def test_metrics_are_the_tasks(shop: tuple[Task, HolderData]) -> None:
     }
 
 
+@pytest.mark.parametrize("units", [1, 9, 40])
+@pytest.mark.parametrize("kind", ["dp", "none", "sum"])
+def test_steps_are_told_by_their_number_in_the_plan_and_never_by_the_data(
+    kind: str, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large batch goes through in parts; how many there are would count the units."""
+    monkeypatch.setattr(trainer_module, "LARGEST_GRADIENT_CHUNK", 4 * (FEATURES + 1))
+    told: list[int] = []
+    trainer = Trainer(TASK, examples(units), CPU)
+    trainer.on_step = lambda: told.append(1)
+    if kind == "sum":
+        trainer.gradient_sum(sum_plan(), start(), None, SeededRandomness(0))
+        assert len(told) == 1
+        return
+    settings = {"no_dp": True, "epsilon": None} if kind == "none" else {}
+    plan = make_plan(local_steps=3, **settings)
+    trainer.train(plan, start(), None, SeededRandomness(0), divisor=plan.expected_batch_size)
+    assert len(told) == 3
+
+
 def test_a_step_that_failed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, plan = Trainer(TASK, examples(30), CPU), make_plan(SILENT)
 
