@@ -20,10 +20,10 @@ from typing import Any
 import grpc
 
 from benchmarks.loopback import HOLDERS, Loopback
+from common.link.channels import channel_options, server_options
 from common.link.codec import CHUNK_BYTES
 from common.link.keys import HolderKeys
 from common.link.tls import channel_credentials, server_credentials
-from common.link.transfer import CHANNEL_OPTIONS, SERVER_OPTIONS
 
 __all__ = ["echo_rounds"]
 
@@ -63,7 +63,7 @@ def echo_rounds(folder: Path, parameters: int, rounds: int) -> list[float]:
     chunks = _chunks(bytes(4 * parameters))
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(len(HOLDERS)))
-        server = grpc.server(pool, options=SERVER_OPTIONS)
+        server = grpc.server(pool, options=server_options())
         server.add_generic_rpc_handlers((_handler(joined),))
         port = server.add_secure_port("127.0.0.1:0", server_credentials(loopback.keys))
         server.start()
@@ -113,7 +113,7 @@ def serve_echo(server: str, state: Path) -> None:
     """Send every message back once it is complete, as a holder does."""
     credentials = channel_credentials(HolderKeys.load(state))
     outbox: SimpleQueue[bytes] = SimpleQueue()
-    with grpc.secure_channel(server, credentials, options=CHANNEL_OPTIONS) as channel:
+    with grpc.secure_channel(server, credentials, options=channel_options()) as channel:
         join: Any = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")
         message: list[bytes] = []
         for chunk in join(iter(outbox.get, None)):

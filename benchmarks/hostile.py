@@ -37,10 +37,11 @@ import grpc
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.link import federation_pb2 as pb
+from common.link.channels import channel_options
 from common.link.federation_pb2_grpc import FederationStub
 from common.link.keys import CoordinatorKeys, HolderKeys
 from common.link.tls import channel_credentials
-from common.link.transfer import CHANNEL_OPTIONS, PROTOCOL
+from common.link.versions import NEWEST
 from tests.hostile import STRANGERS, Crowd, Target
 from tests.integration.federation import Federation, wait_for_words
 from tests.integration.processes import Process, wait_until
@@ -223,7 +224,7 @@ def _insider(port: int, keys: HolderKeys, stop: Event, counts: Counter[str]) -> 
         nuisance = nuisances[sum(counts.values()) % len(nuisances)]
         counts[f"insider{nuisance.__name__}"] += 1
         channel = grpc.secure_channel(
-            f"127.0.0.1:{port}", channel_credentials(keys), options=CHANNEL_OPTIONS
+            f"127.0.0.1:{port}", channel_credentials(keys), options=channel_options()
         )
         frames = _Frames(nuisance)
         with suppress(grpc.RpcError), channel:
@@ -248,7 +249,7 @@ class _Frames:
         self._asked.set()
 
     def __iter__(self) -> Iterator[pb.HolderFrame]:
-        yield pb.HolderFrame(hello=pb.Hello(protocol=PROTOCOL))
+        yield pb.HolderFrame(hello=pb.Hello(protocol=NEWEST))
         self._asked.wait()
         if self._message_id:
             yield from self._nuisance(self._message_id)

@@ -42,8 +42,8 @@ from common.settings import plan_for
 from common.tasks.base import Examples, HolderData, HolderTables, Source, Task
 from server.app import federate
 from server.grid import LinkGrid
-from server.rounds import RoundSummary
 from server.runs import RunFolder
+from server.summaries import RoundSummary
 
 __all__ = ["Federation", "sotto_rounds"]
 

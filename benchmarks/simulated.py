@@ -28,7 +28,7 @@ from common.plan import TrainingPlan
 from common.settings import plan_for
 from common.tasks.base import Examples, HolderData, HolderTables, Source, Task
 from server.app import federate
-from server.rounds import RoundSummary
+from server.summaries import RoundSummary
 from simulations.engines import workers_for
 from simulations.grid import BatchedGrid
 from simulations.workers import Workers

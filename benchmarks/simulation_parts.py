@@ -31,7 +31,7 @@ from common.data.on_demand import OnDemand
 from common.settings import plan_for
 from common.tasks import load as load_task
 from common.tasks.base import Examples, HolderData
-from server.rounds import RoundSummary
+from server.summaries import RoundSummary
 from simulations.experiment import COHORTS_KEPT, Experiment, run_experiment
 from simulations.jobs import Assignment, Cut, Job, Judged, Outcome
 from simulations.sweep import Sweep, run_sweep

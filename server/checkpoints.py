@@ -1,12 +1,15 @@
-"""Checkpoints: exactly the state of the round loop, one atomic file a round.
+"""Checkpoints: exactly the state of the round loop, one atomic, checksummed file a round.
 
 Tensors and JSON travel in one safetensors file (the JSON is its metadata), so that they cannot
-disagree. A file is written beside its final name, synced, and renamed.
+disagree. A file is written beside its final name, synced, and renamed; the name holds the sha256 of
+what is in it. So a file is the one that was written, to the last bit, or it is known to be another.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,18 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
-from common.durable import write_tensors
+from common.durable import read_tensors, storage_errors, write_tensors
 from common.errors import StateError
 from common.plan import TrainingPlan
 from common.texts import read_json
 from common.wire import Vector
+from server.summaries import RoundSummary
 
-__all__ = ["Checkpoints", "RunState"]
+__all__ = ["KEPT", "Checkpoint", "Checkpoints", "RunState", "file_name"]
 
 NDArray = npt.NDArray[np.floating]
 KEPT = 2
+"""Checkpoints that are kept unless said otherwise: the newest, and one for when that is damaged."""
+
+_SUM = 32
+_NAMED = re.compile(rf"checkpoint-(\d{{6}})-([0-9a-f]{{{_SUM}}})\.safetensors")
+
+logger = logging.getLogger("sotto.coordinator")
 
 
 @dataclass(frozen=True)
@@ -83,17 +92,39 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Args:
+        state: after a round.
+        summary: of that round, with the holders whose contributions are in the state.
+        plan_digest: of the plan that it belongs to.
+    """
+
+    state: RunState
+    summary: RoundSummary
+    plan_digest: str
+
+
+@dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         folder: of the run.
+        kept: how many to keep, at least 1.
     """
 
     folder: Path
+    kept: int = KEPT
 
-    def save(self, state: RunState, plan: TrainingPlan) -> None:
-        """Write ``state`` and drop all but the newest two."""
+    def save(self, state: RunState, plan: TrainingPlan, summary: RoundSummary) -> int:
+        """Write a checkpoint, and drop all but the newest.
+
+        Returns:
+            The round of the oldest state that there is to go on from: 0, for the run's beginning,
+            until as many are there as are kept.
+        """
         tensors: dict[str, npt.NDArray[np.floating]] = {"parameters": state.parameters}
         if state.mean is not None:
             tensors["mean"] = state.mean
@@ -103,49 +134,115 @@ class Checkpoints:
             "round": state.round,
             "averaged": state.averaged,
             "plan_digest": plan.digest,
+            "summary": summary.to_json(),
         }
-        path = self.folder / f"checkpoint-{state.round:06d}.safetensors"
-        write_tensors(path, tensors, {"sotto": json.dumps(about)})
-        for old in list(self._files())[KEPT:]:
+        write_tensors(
+            self.folder / "checkpoint",
+            tensors,
+            {"sotto": json.dumps(about)},
+            named=lambda digest: file_name(state.round, digest),
+            mode=0o600,  # rows of the coordinator's noise are as secret as the updates
+        )
+        files = list(self._files())
+        for old in files[self.kept :]:
             old.unlink()
+        return _round_of(files[self.kept - 1]) if len(files) >= self.kept else 0
 
-    def load(self, plan: TrainingPlan) -> RunState | None:
-        """The newest checkpoint, or None if there is none.
+    def load(self, plan: TrainingPlan) -> tuple[Checkpoint | None, int]:
+        """The newest checkpoint that is as it was written.
+
+        One that is not is put aside, with a warning, for the one before it; before the first there
+        is the run's beginning.
+
+        Returns:
+            The checkpoint, or None for the beginning; and the last round that any file speaks of,
+            whose model may have left the coordinator.
 
         Raises:
-            StateError: it cannot be read, or belongs to another plan.
+            StateError: none can be used, or it belongs to another plan.
         """
-        newest = next(self._files(), None)
-        if newest is None:
-            return None
-        try:
-            digest, state = _read(newest)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        last, damaged = self._put_aside_up_to(), list[Path]()
+        for path in list(self._files()):
+            last = max(last, _round_of(path))
+            checkpoint = _read(path)
+            if checkpoint is None:
+                damaged.append(path)
+                continue
+            if checkpoint.plan_digest != plan.digest:
+                raise StateError(f"{path} belongs to another plan than {self.folder / 'plan.toml'}")
+            _put_aside(damaged, f"going on from round {checkpoint.state.round}")
+            return checkpoint, last
+        if damaged and _round_of(damaged[-1]) > 1:
             raise StateError(
-                f"{newest} cannot be read ({type(error).__name__}); delete it to go on from the "
-                "checkpoint before it"
-            ) from None
-        if digest != plan.digest:
-            raise StateError(f"{newest} belongs to another plan than {self.folder / 'plan.toml'}")
-        return state
+                f"no checkpoint under {self.folder} is as it was written; restore the newest "
+                f"({damaged[0].name}) from a backup, or move the folder away to begin a new run"
+            )
+        _put_aside(damaged, "beginning again with round 1")
+        return None, last
+
+    def _put_aside_up_to(self) -> int:
+        """The last round whose checkpoint was found damaged before; 0 for none."""
+        found = self.folder.glob("checkpoint-*.damaged")
+        names = (path.with_suffix(".safetensors") for path in found)
+        return max((_round_of(path) for path in names if _NAMED.fullmatch(path.name)), default=0)
+
+    @property
+    def newest(self) -> int:
+        """The round of the newest file, whole or not; 0 if there is none."""
+        newest = next(self._files(), None)
+        return 0 if newest is None else _round_of(newest)
 
     def clear(self) -> None:
         """Delete all checkpoints: the run has ended and its model is kept."""
-        for path in list(self._files()):
+        for path in [*self._files(), *self.folder.glob("checkpoint-*.damaged")]:
             path.unlink()
 
     def _files(self) -> Iterator[Path]:
         """Newest first."""
-        named = re.compile(r"checkpoint-\d{6}\.safetensors")
-        found = [path for path in self.folder.glob("checkpoint-*") if named.fullmatch(path.name)]
+        found = [path for path in self.folder.glob("checkpoint-*") if _NAMED.fullmatch(path.name)]
         yield from sorted(found, reverse=True)
 
 
-def _read(path: Path) -> tuple[str, RunState]:
-    """The digest of a checkpoint's plan, and its state."""
-    with safe_open(path, framework="numpy") as file:
-        about = read_json(file.metadata()["sotto"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+def file_name(number: int, digest: str) -> str:
+    """The name of a checkpoint.
+
+    Args:
+        number: of the round.
+        digest: sha256 of the file, in hex.
+    """
+    return f"checkpoint-{number:06d}-{digest[:_SUM]}.safetensors"
+
+
+def _round_of(path: Path) -> int:
+    match = _NAMED.fullmatch(path.name)
+    assert match is not None  # listed by this very pattern
+    return int(match[1])
+
+
+def _put_aside(damaged: list[Path], then: str) -> None:
+    for path in damaged:
+        logger.warning("%s is not as it was written (its checksum differs); %s", path, then)
+        path.rename(path.with_suffix(".damaged"))
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """A checkpoint; None if it is not what its name says."""
+    with storage_errors(path):
+        content = path.read_bytes()
+    if file_name(_round_of(path), hashlib.sha256(content).hexdigest()) != path.name:
+        return None
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(
+            f"{path} is whole and cannot be read ({type(error).__name__}): another version of "
+            "sotto wrote it; go on with that version"
+        ) from None
+
+
+def _parsed(content: bytes) -> Checkpoint:
+    tensors, metadata = read_tensors(content)
+    about = read_json(metadata["sotto"])
     state = RunState(
         run_id=about["run_id"],
         round=about["round"],
@@ -158,4 +255,4 @@ def _read(path: Path) -> tuple[str, RunState]:
             if name.startswith("strategy/")
         },
     )
-    return about["plan_digest"], state
+    return Checkpoint(state, RoundSummary.from_json(about["summary"]), about["plan_digest"])

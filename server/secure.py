@@ -53,7 +53,8 @@ LIGHT_SHARE = 0.1
 """Each exchange but the one in which holders train may take this share of the round's deadline."""
 
 TRAINING_SHARE = 1 - 2 * LIGHT_SHARE
-"""When that one ends two are still to come, whose time waiting for a holder must not cost."""
+"""When that one ends two are still to come, whose time waiting for a holder must not cost; not even
+where the Grid gives a holder that makes progress more time than it was asked to."""
 
 
 def secured(grid: Grid, plan: TrainingPlan) -> Grid:
@@ -238,7 +239,8 @@ class _MaskedRound:
             asked, delivery = self.asked[node], stage.deliveries[self._names[node]]
             content = with_delivery(asked.content, delivery.to_bytes())
             requests.append(Message(content, node, asked.metadata.message_type))
-        timeout = max(0.0, self._left() - (1 - TRAINING_SHARE) * self.timeout)
+        left = self._deadline - time.monotonic()
+        timeout = max(0.0, left - (1 - TRAINING_SHARE) * self.timeout)
         for node, content in self._exchange(requests, timeout).items():
             try:
                 reply = MaskedReply.of(content, self.plan, _masked(self.plan))
@@ -270,9 +272,6 @@ class _MaskedRound:
     def _remaining(self) -> list[int]:
         return sorted(self._names.keys() - self.dropped.keys())
 
-    def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
-
     def _collect(
         self,
         step: Step,
@@ -298,9 +297,8 @@ class _MaskedRound:
         }
         kind = message_type_of(step)
         requests = [Message(contents[body], node, kind) for node, body in bodies.items()]
-        timeout = min(self._left(), LIGHT_SHARE * self.timeout)
         found: dict[int, bytes] = {}
-        for node, content in self._exchange(requests, timeout).items():
+        for node, content in self._exchange(requests, LIGHT_SHARE * self.timeout).items():
             try:
                 found[node] = StepReply.of(content).body
             except WireError as error:

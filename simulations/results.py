@@ -13,8 +13,8 @@ from common.aggregation import Masked
 from common.guarantees import CentralPrivacy, DistributedPrivacy, NonPrivate, Privacy
 from common.plan import TrainingPlan
 from common.privacy.distributed import against_coalitions
-from server.rounds import RoundSummary
 from server.runs import RunResult
+from server.summaries import RoundSummary
 
 if TYPE_CHECKING:  # it needs Opacus, which a coordinator that writes a document does not
     from simulations.experiment import ExperimentResult
@@ -63,6 +63,7 @@ def document(result: ExperimentResult) -> dict[str, Any]:
         **_evaluation_document([run.final for run in result.runs]),
         **baselines,
         **faults,
+        **_clock_document(result.clocks),
         "seconds": {
             "total": round(result.seconds, 3),
             "round_median": float(np.median([run.round_median for run in result.runs])),
@@ -253,16 +254,31 @@ def _lost_document(runs: Sequence[RunResult]) -> dict[str, Any]:
     return {"lost_rounds": lost}
 
 
+def _clock_document(clocks: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Simulated time, where any passes: of a whole run on average, and of a round."""
+    if not any(clock[-1] > 0 for clock in clocks):
+        return {}
+    rounds = np.concatenate([np.diff(clock, prepend=0.0) for clock in clocks])
+    return {
+        "simulated_seconds": {
+            "total": float(np.mean([clock[-1] for clock in clocks])),
+            "round_median": float(np.median(rounds)),
+        }
+    }
+
+
 def _faults_document(faults: Faults, happened: Sequence[RoundFaults]) -> dict[str, Any]:
     """What was to go wrong, and what did in all rounds of all seeds together."""
-    straggle, byzantine = faults.straggle, faults.byzantine
+    straggle, byzantine, pace = faults.straggle, faults.byzantine, faults.pace
     return {
         "dropout": faults.dropout,
         "straggle": None if straggle is None else asdict(straggle),
         "byzantine": None if byzantine is None else asdict(byzantine),
+        "pace": None if pace is None else asdict(pace),
         "dropped": sum(each.dropped for each in happened),
         "late": sum(each.late for each in happened),
         "attacked": sum(each.attacked for each in happened),
+        "spare": sum(each.spare for each in happened),
         "waited_median": float(np.median([each.waited for each in happened])),
     }
 

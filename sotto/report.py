@@ -18,8 +18,8 @@ from common.privacy.accounting import epsilon
 from common.privacy.events import Composition
 from common.tasks.base import Task
 from common.tasks.histograms import undefined
-from server.rounds import RoundSummary
 from server.runs import RunResult
+from server.summaries import RoundSummary
 from simulations.results import mean_over_holders
 from sotto.page import ACCENT, INK, MUTED, page, svg, table, tidy
 from sotto.show import evaluation_note, evaluation_rows, figure, guarantee

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sotto.show import Screen, counted, figure
 
 if TYPE_CHECKING:  # it needs torch
-    from server.rounds import RoundSummary
+    from server.summaries import RoundSummary
 
 __all__ = [
     "MASKS_LEFT_OUT",

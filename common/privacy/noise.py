@@ -30,6 +30,7 @@ __all__ = [
     "NOISE",
     "SAMPLING",
     "KeyStream",
+    "KeyedRandomness",
     "OsRandomness",
     "Randomness",
     "SeededRandomness",
@@ -166,6 +167,32 @@ class OsRandomness:
         raise TypeError(
             "OsRandomness cannot be copied: two owners of one stream would repeat noise"
         )
+
+
+class KeyedRandomness(OsRandomness):
+    """The same draws under a secret key, so that work which a crash cut short repeats its noise.
+
+    As unpredictable as the key is: it comes from the operating system, is used for one purpose, and
+    is thrown away with what it belongs to. Noise and samples come from two streams of it, so that
+    neither moves the other.
+
+    Args:
+        key: 32 bytes.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        super().__init__()
+
+    def uniform(self, n: int) -> Tensor:
+        """``n`` draws from [0, 1), of a stream of their own: [n] float64."""
+        with self._lock:
+            return unit_interval(_next_words(self._samples, n, torch.int64))
+
+    def _rekey(self) -> None:
+        self._process = os.getpid()
+        self._stream = KeyStream(self._key, NOISE)
+        self._samples = KeyStream(self._key, SAMPLING)
 
 
 def _sums_of_normals(words: Tensor) -> Tensor:

@@ -7,8 +7,12 @@ time and memory, whatever it is given. Seeds are made by the code itself, so the
 from __future__ import annotations
 
 import atexit
+import hashlib
+import logging
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +36,8 @@ from common.link.codec import Incoming, decode, encode, header_for
 from common.link.keys import CoordinatorKeys, HolderKeys
 from common.link.npy import DTYPES, check_npy
 from common.link.signing import Credential, Identity, Trust
-from common.link.transfer import Assembler
+from common.link.transfer import MIN_CHUNK_BYTES, Assembler, Beginning, check_header, continued
+from common.link.versions import NEWEST, require_spoken, spoken
 from common.plan import TrainingPlan
 from common.privacy.anchor import Anchor, Head
 from common.privacy.events import Composition, SubsampledGaussian
@@ -63,7 +68,9 @@ from common.wire import (
     StatisticsRequest,
     TrainReply,
 )
-from server.checkpoints import Checkpoints, RunState
+from server.checkpoints import Checkpoint, Checkpoints, RunState, file_name
+from server.journal import RoundJournal
+from server.summaries import RoundSummary
 from tests.tiny import TinyTask
 
 __all__ = ["DECODERS", "Decoder"]
@@ -174,12 +181,59 @@ def stream_seeds(frame: type[pb.HolderFrame] | type[pb.CoordinatorFrame]) -> lis
         frames = [frame(header=header_for(one, payload))]
         frames += [frame(chunk=chunk) for chunk in payload.chunks()]
         streams.append(_delimited([each.SerializeToString() for each in frames]))
-    return [*streams, b"".join(streams)]
+    beginning, rest = broken_off()
+    header = frame(header=continued(beginning.header, beginning.named))
+    resumed = _delimited([each.SerializeToString() for each in (header, frame(chunk=rest))])
+    return [*streams, b"".join(streams), resumed, resumed + streams[0]]
+
+
+@cache
+def broken_off() -> tuple[Beginning, pb.Chunk]:
+    """What has come of a message of two chunks, and its last one."""
+    set_identity(1)
+    content = TrainReply(np.zeros(MIN_CHUNK_BYTES // 4, np.float32), 1.0).records()
+    payload = encode(content)
+    first, last = payload.chunks(MIN_CHUNK_BYTES)
+    return Beginning(header_for(message(content), payload), (first.data,)), last
+
+
+def hello_seeds() -> list[bytes]:
+    begun = broken_off()[0].named
+    hellos = [
+        pb.Hello(protocol=NEWEST, oldest=NEWEST, software="sotto", begun=begun, in_hand=["m"]),
+        pb.Hello(protocol=1, software="sotto 0.1.0", name="clinic", task="tiny"),
+    ]
+    return [hello.SerializeToString() for hello in hellos]
+
+
+def read_hello(data: bytes) -> int:
+    """What a coordinator makes of a holder's first frame: a version, and where to go on."""
+    hello = pb.Hello.FromString(data)
+    check_header(hello)
+    spoken(hello, "sotto")
+    header = continued(broken_off()[0].header, hello.begun)
+    assert header.offset < header.payload_bytes
+    return header.offset
+
+
+def welcome_seeds() -> list[bytes]:
+    welcome = pb.Welcome(node_id=7, holder="a", protocol=NEWEST, begun=broken_off()[0].named)
+    return [welcome.SerializeToString(), pb.Welcome(software="sotto 0.1.0").SerializeToString()]
+
+
+def read_welcome(data: bytes) -> int:
+    """What a holder makes of the answer."""
+    welcome = pb.Welcome.FromString(data)
+    require_spoken(welcome, "sotto")
+    return continued(broken_off()[0].header, welcome.begun).offset
 
 
 def read_stream(data: bytes, frame: type[pb.HolderFrame] | type[pb.CoordinatorFrame]) -> int:
-    """Take a stream's frames apart, as both ends do, and decode every message in it."""
-    assembler = Assembler(1 << 20)
+    """Take a stream's frames apart, as both ends do, and decode every message in it.
+
+    An earlier stream has broken off amid a message, so that this one may go on with it.
+    """
+    assembler = Assembler(1 << 20, broken_off()[0])
     messages = 0
     for part in _parts(data):
         one = frame.FromString(part)
@@ -271,12 +325,53 @@ def checkpoint_seeds() -> list[bytes]:
     folder.mkdir(exist_ok=True)
     vector = np.arange(DIMENSION, dtype=np.float32)
     state = RunState("run", 1, vector, vector.astype(np.float64), 1, {"memory": vector})
-    Checkpoints(folder).save(state, plan())
-    return [(folder / CHECKPOINT).read_bytes()]
+    Checkpoints(folder).save(state, plan(), RoundSummary(1, ("north",), {}, 0.1))
+    (path,) = folder.glob("checkpoint-*")
+    return [path.read_bytes()]
 
 
-def read_checkpoint(path: Path) -> RunState | None:
-    return Checkpoints(path.parent).load(plan())
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """As if whoever changed it had changed the checksum, too."""
+    named = path.with_name(file_name(1, hashlib.sha256(path.read_bytes()).hexdigest()))
+    return Checkpoints(path.rename(named).parent).load(plan())[0]
+
+
+JOURNAL, LOG = "journal-000001.bin", logging.getLogger("sotto.coordinator")
+
+
+def journal_seeds() -> list[bytes]:
+    path = scratch() / "honest-journal.bin"
+    path.unlink(missing_ok=True)
+    journal = RoundJournal(path)
+    journal.key()
+    exchange = journal.exchange("train", {2: "ab", 3: "cd"}, {2: "north", 3: "south"})
+    journal.take(exchange, 2, TrainReply(np.ones(DIMENSION, np.float32), 1.0).records())
+    journal.take(exchange, 3, Error(1, "declined"))
+    journal.end(exchange)
+    journal.close()
+    return [path.read_bytes()]
+
+
+def resealed(content: bytes) -> bytes:
+    """The records with right checksums, as far as their lengths lead."""
+    sealed, begin, lengths = bytearray(content), 0, struct.Struct(">IQ")
+    while begin + 4 + lengths.size <= len(sealed):
+        end = begin + 4 + lengths.size + sum(lengths.unpack_from(sealed, begin + 4))
+        sealed[begin : begin + 4] = zlib.crc32(sealed[begin + 4 : end]).to_bytes(4, "big")
+        begin = end
+    return bytes(sealed)
+
+
+def read_journal(path: Path) -> set[int]:
+    """With every record's checksum put right, as a checksum is no defence against a writer."""
+    path.write_bytes(resealed(path.read_bytes()))
+    LOG.disabled = True  # a line about each, which pytest would keep
+    try:
+        journal = RoundJournal(path)
+    finally:
+        LOG.disabled = False
+    journal.close()
+    return journal.recalled(evaluation=False)
 
 
 @cache
@@ -421,6 +516,8 @@ DECODERS: dict[str, Decoder] = {
         lambda: stream_seeds(pb.CoordinatorFrame),
         _UNREADABLE,
     ),
+    "hello": Decoder(read_hello, hello_seeds, (*_UNREADABLE, LinkError)),
+    "welcome": Decoder(read_welcome, welcome_seeds, (*_UNREADABLE, LinkError)),
     "payload": Decoder(read_payload, payload_seeds, (WireError,)),
     "npy array": Decoder(read_npy, npy_seeds, (WireError,)),
     "round request": Decoder(
@@ -467,6 +564,7 @@ DECODERS: dict[str, Decoder] = {
         from_file("scaling.toml", read_scaling), scaling_seeds, (ConfigurationError,)
     ),
     "checkpoint": Decoder(from_file(CHECKPOINT, read_checkpoint), checkpoint_seeds, (StateError,)),
+    "journal": Decoder(from_file(JOURNAL, read_journal), journal_seeds, ()),
     "ledger": Decoder(
         from_file("ledger.sqlite", read_ledger), ledger_seeds, (StateError,), share=0.02
     ),

@@ -12,8 +12,8 @@ from common.plan import TrainingPlan
 from common.settings import plan_for
 from server.app import federate
 from server.checkpoints import Checkpoints
-from server.rounds import RoundSummary
-from server.runs import RunFolder, RunResult, resume_or_begin
+from server.runs import OnDisk, RunFolder, RunResult, resume_or_begin
+from server.summaries import RoundSummary
 from tests.fakes import FakeGrid, pulls_towards
 from tests.tiny import TinyTask
 
@@ -66,9 +66,7 @@ def test_a_crash_during_evaluation_loses_no_round(tmp_path: Path) -> None:
     grid = Dying({f"h{i}": pulls_towards(float(i)) for i in range(3)})
     with pytest.raises(Crash):
         federate(grid, folder.plan, TASK, folder)
-    saved = Checkpoints(tmp_path).load(folder.plan)
-    assert saved is not None
-    assert saved.round == 1
+    assert Checkpoints(tmp_path).newest == 1
 
     again = crowd()
     result = federate(again, folder.plan, TASK, folder)
@@ -87,14 +85,54 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [summary.round for summary in run(folder).history] == [1, 2, 3, 4, 5]
 
 
+def test_a_flip_of_any_byte_of_the_lines_leaves_the_run_to_go_on(tmp_path: Path) -> None:
+    """They are for people; what the run needs is in its checkpoints. One byte in 5."""
+    folder = RunFolder.begin(tmp_path, plan())
+    with pytest.raises(Crash):
+        run(folder, crash_in=2)
+    path = tmp_path / "metrics.jsonl"
+    honest = path.read_bytes()
+    for place in range(0, len(honest), 5):
+        flipped = bytearray(honest)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        assert OnDisk(folder).restore(folder.plan, TASK).state.round == 2, place
+    path.write_bytes(honest)
+    assert [summary.round for summary in run(folder).history] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_rounds_are_done_needs_nobody_to_write_its_model(tmp_path: Path) -> None:
+    """Holders have gone home when the coordinator is started again."""
+    folder = RunFolder.begin(tmp_path, plan(round_deadline=0.1))
+    with pytest.raises(Crash):
+        run(folder, crash_in=5)
+    assert not (tmp_path / "model.safetensors").exists()
+    result = federate(FakeGrid({}), folder.plan, TASK, folder)
+    assert result.final.round == 5
+    assert np.array_equal(folder.result(TASK).parameters, result.parameters)
+
+
 def test_a_finished_run_is_followed_by_a_new_one(tmp_path: Path) -> None:
     first = resume_or_begin(tmp_path, plan())
     run(first)
+    first.close()
     assert resume_or_begin(tmp_path, plan()).path != first.path
 
 
 def test_an_unfinished_run_is_gone_on_with_or_said_to_be_in_the_way(tmp_path: Path) -> None:
     first = resume_or_begin(tmp_path, plan())
+    with pytest.raises(Crash):
+        run(first, crash_in=2)
     assert resume_or_begin(tmp_path, plan()).path == first.path
-    with pytest.raises(StateError, match=r"unfinished and has another plan.*plan\.toml"):
+    with pytest.raises(
+        StateError, match=r"another plan \(rounds is 5 there and 6 here\).*plan\.toml"
+    ):
         resume_or_begin(tmp_path, plan(rounds=6))
+
+
+def test_a_run_in_which_nobody_was_asked_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A quorum that did not come, and then fewer holders are asked for."""
+    first = resume_or_begin(tmp_path, plan(min_holders=9))
+    again = resume_or_begin(tmp_path, plan())
+    assert again.path == first.path
+    assert again.plan == plan()

@@ -33,6 +33,7 @@ from server.aggregation import STRATEGIES, build_strategy
 from server.central import Central, Memory, combination_of
 from server.checkpoints import Checkpoints, RunState
 from server.rounds import next_round, rounds
+from server.summaries import RoundSummary
 from tests.fakes import FakeGrid, pulls_towards
 from tests.tiny import TinyTask
 
@@ -513,10 +514,10 @@ def test_a_strategy_sees_where_an_empty_round_begins() -> None:
 def test_a_restart_changes_no_bit(chosen: dict[str, object], strategy: str, tmp_path: Path) -> None:
     wanted = plan(strategy=strategy, **chosen)
     at_once = train(wanted, crowd())
-    Checkpoints(tmp_path).save(at_once[4], wanted)
-    state = Checkpoints(tmp_path).load(wanted)
-    assert state is not None
-    assert state.round == 5
+    Checkpoints(tmp_path).save(at_once[4], wanted, RoundSummary(5, (), {}, 0.0))
+    checkpoint, _ = Checkpoints(tmp_path).load(wanted)
+    assert checkpoint is not None
+    state = checkpoint.state
     resumed = train(wanted, crowd(), state)
     np.testing.assert_array_equal(resumed[-1].parameters, at_once[-1].parameters)
     if "clipping" in chosen or "mechanism" in chosen:
@@ -528,10 +529,11 @@ def test_a_restart_changes_no_bit(chosen: dict[str, object], strategy: str, tmp_
 def test_the_rows_that_a_checkpoint_holds_are_as_exact_as_they_were(tmp_path: Path) -> None:
     wanted = plan(mechanism="banded", bands=4)
     state = train(wanted, crowd())[-1]
-    Checkpoints(tmp_path).save(state, wanted)
-    loaded = Checkpoints(tmp_path).load(wanted)
+    Checkpoints(tmp_path).save(state, wanted, RoundSummary(state.round, (), {}, 0.0))
+    loaded, _ = Checkpoints(tmp_path).load(wanted)
     assert loaded is not None
-    rows = {key: each for key, each in loaded.strategy.items() if key.startswith("central/noise")}
+    kept = loaded.state.strategy
+    rows = {key: each for key, each in kept.items() if key.startswith("central/noise")}
     assert len(rows) == 3
     for key, row in rows.items():
         assert row.dtype == np.float64

@@ -18,8 +18,9 @@ from common.tasks.histograms import Estimate, Values
 from common.wire import EvaluateReply, RoundRequest
 from server.checkpoints import RunState
 from server.evaluation import estimates, expected_of
-from server.rounds import RoundSummary, evaluate
+from server.rounds import evaluate
 from server.runs import RunFolder
+from server.summaries import RoundSummary
 from tests.fakes import FakeGrid
 from tests.tiny import CountedTask
 
@@ -111,6 +112,6 @@ def test_figures_are_in_the_runs_file_and_read_back(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert written["evaluation"]["auc"] == {"value": 0.8, "low": 0.7, "high": 0.9}
     assert written["evaluation"]["ks"]["value"] is None
-    (read,) = folder.history(1)
+    (read,) = folder.history()
     assert read.evaluation["auc"] == known
     assert math.isnan(read.evaluation["ks"].high)

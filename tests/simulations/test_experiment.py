@@ -17,8 +17,8 @@ from common.settings import plan_for
 from common.tasks import load
 from common.tasks.base import Examples, HolderTables, Task
 from server.aggregation import STRATEGIES
-from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
+from server.summaries import RoundSummary
 from simulations.experiment import Experiment, ExperimentResult, run_experiment
 from tests.tiny import TinyTask
 
@@ -115,7 +115,7 @@ def test_a_folder_of_an_interrupted_experiment_begins_anew(tmp_path: Path) -> No
 
     again = run_experiment(asked)
     assert same(again.runs[0], simulate().runs[0])
-    assert [line.round for line in RunFolder(tmp_path).history(99)] == [1, 2, 3, 4]
+    assert [line.round for line in RunFolder(tmp_path).history()] == [1, 2, 3, 4]
 
 
 def test_progress_names_stage_seed_and_round() -> None:

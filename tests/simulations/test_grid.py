@@ -25,8 +25,9 @@ from server.aggregation import build_strategy
 from server.central import combination_of
 from server.checkpoints import RunState
 from server.grid import LinkGrid
-from server.rounds import RoundSummary, cohort_of, evaluate, next_round
+from server.rounds import cohort_of, evaluate, next_round
 from server.runs import RunResult
+from server.summaries import RoundSummary
 from simulations.experiment import Experiment, run_experiment
 from simulations.grid import BatchedGrid, InProcessGrid, simulated_holder
 from simulations.jobs import Job, Outcome

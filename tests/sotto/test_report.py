@@ -14,8 +14,8 @@ import pytest
 from common.plan import TrainingPlan
 from common.settings import plan_for
 from common.tasks.histograms import Estimate
-from server.rounds import RoundSummary
 from server.runs import RunResult
+from server.summaries import RoundSummary
 from simulations.results import aggregation_document, privacy_document, summarise
 from sotto.report import epsilon_curve, write_report
 from tests.tiny import CountedTask, TinyTask

@@ -15,8 +15,8 @@ from common.privacy.accounting import epsilon
 from common.privacy.distributed import against_coalitions
 from common.settings import plan_for
 from common.wire import dropped_error, error_message, lost_error
-from server.rounds import RoundSummary
 from server.runs import RunResult
+from server.summaries import RoundSummary
 from simulations.results import MOST_COALITIONS, aggregation_document, run_document
 from simulations.sweep import Sweep
 from sotto.report import epsilon_curve, write_report
