@@ -39,6 +39,9 @@ __all__ = [
 LARGEST_SIZE_CLASS = 10
 """A holder declines a plan if its declared size is more than this many times ``holder_size``."""
 
+MOST_OVER_SELECTION = 10.0
+"""Asking more than eleven holders for one update that counts would be a mistake."""
+
 LARGEST_UNDERSTATEMENT = 4
 """A holder may have this many times the units that it declares."""
 
@@ -62,6 +65,9 @@ class StrategyPlan(Frozen):
         proximal_mu: μ of ``fedprox``, applied in the holders' local steps.
         trim: fraction that ``fedtrimmedavg`` cuts at each end.
         malicious: how many malicious holders ``krum`` must withstand.
+        buffer: K of ``fedbuff``: so many updates make the next model.
+        max_staleness: of ``fedbuff``: an update whose model has been replaced more often than that
+            since does not count; None for no such limit.
     """
 
     name: str = "fedavg"
@@ -70,6 +76,8 @@ class StrategyPlan(Frozen):
     proximal_mu: float = Field(default=0.0, ge=0)
     trim: float = Field(default=0.2, ge=0, lt=0.5)
     malicious: int = Field(default=0, ge=0)
+    buffer: int = Field(default=10, ge=1)
+    max_staleness: int | None = Field(default=None, ge=0)
 
 
 class TrainingPlan(PublicPlan):
@@ -81,6 +89,8 @@ class TrainingPlan(PublicPlan):
         preprocessing: the preparation of that source.
         rounds: T, exchanges with the holders.
         cohort: how many holders are asked each round; None for all that are there.
+        over_selection: share of the cohort that is asked besides; the round then closes with the
+            first ``cohort`` updates that are accepted.
         min_holders: a round with fewer accepted updates fails.
         local_steps: k, optimizer steps a holder takes between download and upload.
         learning_rate: of the local optimizer.
@@ -102,6 +112,7 @@ class TrainingPlan(PublicPlan):
         scaling: public shifts and scales of the task's inputs, the same at every holder; none
             where the task's own encoding stands.
         round_deadline: seconds until a silent holder misses the round.
+        deadline_extensions: a holder that makes progress may take so many deadlines more.
         max_update_norm: L2 bound on an update where no clipping bounds it already.
         seed: of the initial parameters and the choice of cohorts.
     """
@@ -111,6 +122,7 @@ class TrainingPlan(PublicPlan):
     preprocessing: str = "default"
     rounds: int = Field(ge=1, le=999_999)
     cohort: int | None = Field(default=None, ge=1)
+    over_selection: float = Field(default=0.0, ge=0, le=MOST_OVER_SELECTION)
     min_holders: int = Field(default=1, ge=1)
     local_steps: int = Field(default=1, ge=1, le=100_000)
     learning_rate: float = Field(gt=0)
@@ -132,6 +144,7 @@ class TrainingPlan(PublicPlan):
     )
     scaling: tuple[InputScaling, ...] = ()
     round_deadline: float = Field(default=600.0, gt=0)
+    deadline_extensions: int = Field(default=9, ge=0, le=1000)
     max_update_norm: float = Field(default=1e4, gt=0)
     seed: int = Field(default=0, ge=0)
 
@@ -149,6 +162,8 @@ class TrainingPlan(PublicPlan):
         if isinstance(self.privacy, CentralPrivacy):
             self._check_central(self.privacy)
         self.aggregation.check(self)
+        if self.over_selection:
+            self._check_over_selection()
         return self
 
     def _check_central(self, privacy: CentralPrivacy) -> None:
@@ -165,6 +180,28 @@ class TrainingPlan(PublicPlan):
             raise ValueError(
                 f"bands must be at most rounds={self.rounds}, or some holders are never asked, got "
                 f"{privacy.bands}"
+            )
+
+    def _check_over_selection(self) -> None:
+        """Refuse it where who counts must not depend on who is fast."""
+        got = f"got {self.over_selection:g}"
+        if self.cohort is None:
+            raise ValueError(
+                "over_selection must be 0 without a cohort: everybody is asked already, and the "
+                f"slowest would never count, {got}"
+            )
+        if isinstance(self.privacy, CentralPrivacy):
+            # The accountant's coin says who is in a sum. Among the first, a holder more pushes
+            # another one out, so neighbouring sums differ by two updates, and the fast are in it
+            # more often than the coin allows.
+            raise ValueError(
+                "over_selection must be 0 where holders are the unit: a secret coin decides who is "
+                f"in a sum, and who is fast must not, {got}"
+            )
+        if isinstance(self.aggregation, Masked):
+            raise ValueError(
+                "over_selection must be 0 where updates are masked: holders agree on who is in the "
+                f"sum; dropouts says how many of a cohort it may lose, {got}"
             )
 
     # -- privacy -----------------------------------------------------------------------------
@@ -188,6 +225,16 @@ class TrainingPlan(PublicPlan):
         """What one holder releases in the whole run: updates and evaluations."""
         updates = Composition.of(self.round_event()) * self.rounds
         return updates + self.evaluation.composition(self.evaluations)
+
+    # -- rounds ------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> int | None:
+        """How many holders are asked to train in a round; None for all that are there."""
+        if self.cohort is None:
+            return None
+        spare = round(self.cohort * self.over_selection, 9)  # 0.1 of 30 is 3, in floats too
+        return self.cohort + math.ceil(spare)
 
     # -- evaluation --------------------------------------------------------------------------
 
@@ -253,25 +300,29 @@ class TrainingPlan(PublicPlan):
         """Units that no holder has more of: whoever has declines the plan."""
         return LARGEST_SIZE_CLASS * LARGEST_UNDERSTATEMENT * self.holder_size
 
-    def same_but_for_noise(self, other: TrainingPlan) -> bool:
-        """Whether both say the same, up to how closely the noise was calibrated.
+    def differences(self, other: TrainingPlan) -> list[str]:
+        """Fields in which this plan, there, and another, here, differ; none if they are the same.
 
-        Another version of a library may calibrate a little differently; a run goes on with the
-        noise that it began with.
+        How closely the noise was calibrated does not count. Another version of a library may do it
+        a little differently; a run goes on with the noise that it began with.
         """
+        mine, theirs = (plan._uncalibrated().model_dump(mode="json") for plan in (self, other))
+        return [
+            f"{name} is {value} there and {theirs[name]} here"
+            for name, value in mine.items()
+            if value != theirs[name]
+        ]
 
-        def uncalibrated(plan: TrainingPlan) -> TrainingPlan:
-            parts = {
-                name: part.model_copy(update={"noise_multiplier": None})
-                for name, part in (("privacy", plan.privacy), ("evaluation", plan.evaluation))
-                if "noise_multiplier" in type(part).model_fields
-            }
-            aggregation = plan.aggregation
-            if isinstance(aggregation, Masked):
-                aggregation = aggregation.model_copy(update={"ring": None})
-            return plan.model_copy(update={**parts, "aggregation": aggregation})
-
-        return uncalibrated(self) == uncalibrated(other)
+    def _uncalibrated(self) -> TrainingPlan:
+        parts = {
+            name: part.model_copy(update={"noise_multiplier": None})
+            for name, part in (("privacy", self.privacy), ("evaluation", self.evaluation))
+            if "noise_multiplier" in type(part).model_fields
+        }
+        aggregation = self.aggregation
+        if isinstance(aggregation, Masked):
+            aggregation = aggregation.model_copy(update={"ring": None})
+        return self.model_copy(update={**parts, "aggregation": aggregation})
 
     # -- forms -------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ DEFAULT_EPSILON = 5.0
 SETTINGS: Mapping[str, str] = {
     "rounds": "exchanges with the holders",
     "cohort": "holders asked each round; all if left out",
+    "over_selection": "share of the cohort asked besides; the first updates count",
     "min_holders": "a round with fewer accepted updates fails",
     "local_steps": "optimizer steps between download and upload",
     "batch_size": "expected units in a step, or 'full'",
@@ -44,6 +45,8 @@ SETTINGS: Mapping[str, str] = {
     "proximal_mu": "of fedprox",
     "trim": "of fedtrimmedavg",
     "malicious": "holders that krum must withstand",
+    "buffer": "updates that make a model, with fedbuff",
+    "max_staleness": "of an update that counts, in models since the one it is of, with fedbuff",
     "weighting": "equal or size",
     "holder_size": "public nominal number of units of one holder",
     "average_from": "fraction of rounds after which models are averaged",
@@ -54,6 +57,7 @@ SETTINGS: Mapping[str, str] = {
     "dropouts": "share of the cohort that a masked sum may lose; below a third",
     "coalition": "holders that may help the coordinator, with secure-sum",
     "round_deadline": "seconds until a silent holder misses the round",
+    "deadline_extensions": "deadlines more that a holder may take while it makes progress",
     "max_update_norm": "bound on updates of a plan without DP",
     "seed": "of the initial parameters and cohorts",
 }
@@ -66,7 +70,10 @@ _STRATEGY_SETTINGS = {
     "proximal_mu": "proximal_mu",
     "trim": "trim",
     "malicious": "malicious",
+    "buffer": "buffer",
+    "max_staleness": "max_staleness",
 }
+_BUFFERED = "fedbuff"
 _CENTRAL_SETTINGS = ("clipping", "mechanism", "bands")
 _AGGREGATION_SETTINGS = ("dropouts", "coalition")
 _PRIVACY_SETTINGS = ("epsilon", "delta", "no_dp", "clip_norm", "unit", *_CENTRAL_SETTINGS)
@@ -93,6 +100,7 @@ def plan_for(
     epsilon = None if given.get("no_dp") else float(given.get("epsilon", DEFAULT_EPSILON))
     chosen = {**_recommended(task, given, epsilon), **given}
     _refuse_unknown(chosen)
+    _buffer(chosen, holders or task.source.own_holders)
     aggregation = _aggregation(chosen, task, holders or task.source.own_holders)
 
     holder_size = chosen.pop("holder_size", task.source.nominal_size(holders))
@@ -138,6 +146,32 @@ def _recommended(
     settings = task.recommended(None)
     # Of one unit's gradient; a whole update has another norm.
     return {name: value for name, value in settings.items() if name != "clip_norm"}
+
+
+USUAL_BUFFER = 10
+"""K that Nguyen et al. 2022 (section 5) find good for federations of any size that is larger."""
+
+
+def _buffer(chosen: dict[str, Any], holders: int) -> None:
+    """Fill in how many updates make a model, and that so many holders must be there.
+
+    Everybody is asked once for a model, so fewer could not make one. Half of those who are at work
+    leaves the other half time. An evaluation waits for everybody, which is what this strategy is
+    there to avoid, so there is one at the end, unless more are asked for.
+    """
+    own = [name for name in ("buffer", "max_staleness") if name in chosen]
+    if chosen.get("strategy") != _BUFFERED:
+        if own:
+            raise ConfigurationError(
+                f"{', '.join(own)} is for updates that are combined as they come: give strategy "
+                f"{_BUFFERED!r}, or leave it out"
+            )
+        return
+    half = math.ceil(min(holders, chosen.get("cohort", holders)) / 2)
+    chosen.setdefault("buffer", min(USUAL_BUFFER, chosen.get("min_holders", half)))
+    if chosen.get("aggregation", "plain") == "plain":  # with which it is refused otherwise
+        chosen.setdefault("min_holders", chosen["buffer"])
+    chosen.setdefault("evaluate", "final")
 
 
 def _aggregation(chosen: dict[str, Any], task: Task, holders: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from common.errors import ConfigurationError
 from common.plan import StrategyPlan, TrainingPlan
 from common.wire import ARRAYS, CONFIG, WEIGHT
 
-__all__ = ["STRATEGIES", "Kind", "build_strategy", "restore", "snapshot"]
+__all__ = ["STRATEGIES", "Kind", "build_strategy", "is_buffered", "restore", "snapshot"]
 
 NDArray = npt.NDArray[Any]
 
@@ -52,12 +52,14 @@ class Kind:
             pre-summed blocks work with these alone.
         memory: attributes that it carries from round to round, and a checkpoint must hold.
         fewest: replies it needs.
+        buffered: whether updates are combined as they come (:mod:`server.buffered`), not in rounds.
     """
 
     build: Callable[[StrategyPlan], Strategy]
     linear: bool
     memory: tuple[str, ...] = ()
     fewest: Callable[[StrategyPlan], int] = lambda _: 1
+    buffered: bool = False
 
 
 STRATEGIES: Mapping[str, Kind] = {
@@ -93,7 +95,21 @@ STRATEGIES: Mapping[str, Kind] = {
         # Blanchard et al. 2017, section 4: Krum needs n > 2f + 2 to withstand f.
         fewest=lambda plan: 2 * plan.malicious + 3,
     ),
+    # Nguyen et al. 2022, algorithm 1. An update weighs less with age, so it takes single ones.
+    "fedbuff": Kind(
+        lambda plan: FedAvgM(
+            **_EVERYONE, server_learning_rate=plan.learning_rate, server_momentum=0.0
+        ),
+        linear=False,
+        fewest=lambda plan: plan.buffer,
+        buffered=True,
+    ),
 }
+
+
+def is_buffered(name: str) -> bool:
+    """Whether a strategy combines updates as they come, not in rounds."""
+    return name in STRATEGIES and STRATEGIES[name].buffered
 
 
 def build_strategy(plan: TrainingPlan) -> Strategy:
@@ -112,13 +128,20 @@ def build_strategy(plan: TrainingPlan) -> Strategy:
     if why and not kind.linear:
         linear = ", ".join(name for name, other in STRATEGIES.items() if other.linear)
         raise ConfigurationError(
-            f"strategy {settings.name!r} looks at single updates, and {why}; use one of {linear}"
+            f"strategy {settings.name!r} looks at single updates"
+            f"{' and their age' if kind.buffered else ''}, and {why}; use one of {linear}"
         )
     fewest = kind.fewest(settings)
     if plan.min_holders < fewest:
+        own = "buffer" if kind.buffered else "malicious"
         raise ConfigurationError(
-            f"strategy {settings.name!r} with malicious={settings.malicious} needs at least "
+            f"strategy {settings.name!r} with {own}={getattr(settings, own)} needs at least "
             f"{fewest} holders a round, min_holders is {plan.min_holders}"
+        )
+    if kind.buffered and plan.over_selection:
+        raise ConfigurationError(
+            f"over_selection is for strategies that go in rounds, and {settings.name!r} waits for "
+            "nobody: leave it out, and say with cohort how many are to be at work at a time"
         )
     return kind.build(settings)
 

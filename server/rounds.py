@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -24,11 +25,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common.errors import ConfigurationError, RunError, WireError
-from common.flower import Around, BaseGrid, holder_name
+from common.flower import Around, BaseGrid, holder_name, wait_for_change
 from common.guarantees import CentralPrivacy
 from common.plan import TrainingPlan
 from common.tasks.base import Task, derived_seed
-from common.tasks.histograms import Estimate
 from common.wire import (
     EvaluateReply,
     RoundRequest,
@@ -41,43 +41,23 @@ from server.aggregation import restore, snapshot
 from server.central import Combination, combination_of
 from server.checkpoints import RunState
 from server.evaluation import estimates, expected_of
+from server.summaries import RoundSummary
 
 __all__ = [
     "Answer",
-    "RoundSummary",
     "cohort_of",
     "evaluate",
     "exchange",
+    "named",
+    "others_than",
+    "reasons_of",
+    "requests_to",
     "result_of",
     "rounds",
+    "timed",
+    "validated",
     "wait_for_quorum",
 ]
-
-
-@dataclass(frozen=True)
-class RoundSummary:
-    """What one round did, for tables, logs and ``metrics.jsonl``.
-
-    Args:
-        round: 1-based.
-        accepted: names of the holders whose updates count.
-        missed: name → reason of those whose updates do not: they were away, silent, declined,
-            failed, or sent what cannot count.
-        seconds: wall time.
-        metrics: name of holder → metrics, of holders that share them; after evaluation.
-        evaluation: metrics of the held-out units of all holders together, with error bars, from
-            their noised histograms; after an evaluation that has a price.
-        lost: why the round gave nothing, where too few holders remained for a masked sum; the
-            model is then that of the round before.
-    """
-
-    round: int
-    accepted: tuple[str, ...]
-    missed: Mapping[str, str]
-    seconds: float
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    evaluation: Mapping[str, Estimate] = field(default_factory=dict)
-    lost: str = ""
 
 
 MOST_LOST_IN_A_ROW = 3
@@ -101,6 +81,7 @@ def rounds(
     strategy: Strategy,
     state: RunState,
     combination: Combination | None = None,
+    lost: int = 0,
 ) -> Iterator[tuple[RunState, RoundSummary]]:
     """Train from ``state`` to the end of the plan, yielding the state after every round.
 
@@ -110,27 +91,32 @@ def rounds(
         strategy: of the plan.
         state: to go on from.
         combination: of a round's replies; the plan's, unpredictable, if left out.
+        lost: rounds before this one that gave nothing, in a row.
 
     Raises:
-        RunError: too few updates were accepted in a round.
+        RunError: too few updates were accepted in a round, or every round gave nothing.
         ConfigurationError: holders are asked in turn, and the Grid does not know them apart.
     """
     _require_names(grid, plan)
     restore(plan.strategy.name, strategy, state.strategy)
     combination = combination or combination_of(plan)
-    lost = 0
     while state.round < plan.rounds:
         state, summary = next_round(grid, plan, strategy, state, combination)
         yield state, summary
         lost = lost + 1 if summary.lost else 0
-        if lost == MOST_LOST_IN_A_ROW:
+        if lost >= MOST_LOST_IN_A_ROW:
             raise RunError(
                 f"{lost} rounds in a row gave nothing, the last because {summary.lost} "
-                f"({_reasons(summary.missed)}); once that is mended, start again with the same "
+                f"({reasons_of(summary.missed)}); once that is mended, start again with the same "
                 "state folder to go on"
             )
         if lost and state.round < plan.rounds:
             _wait_for_more(grid, plan)
+    if lost >= plan.rounds:
+        raise RunError(
+            f"all {plan.rounds} rounds gave nothing, and the model is the one that the run began "
+            "with; move its folder away to begin another run"
+        )
 
 
 def next_round(
@@ -142,35 +128,50 @@ def next_round(
 ) -> tuple[RunState, RoundSummary]:
     """One round: ask, validate, combine, aggregate; see :func:`rounds`."""
     combination = combination or combination_of(plan)
-    wait_for_quorum(grid, plan)  # a holder that restarts between two rounds is waited for
-    begin, number = time.perf_counter(), state.round + 1
+    number, phases = state.round + 1, dict[str, float]()
+    before = _begun(grid, number)
+    with timed(phases, "wait"):
+        wait_for_quorum(grid, plan)  # a holder that restarts between two rounds is waited for
+    begin = time.perf_counter()
     clip_norm = combination.clip_norm(state.strategy)
     request = RoundRequest(state.run_id, number, plan, state.parameters, clip_norm)
-    present = sorted(grid.get_node_ids())
-    chosen = combination.cohort(present, partial(holder_name, grid), number)
-    cohort = cohort_of(present, plan, number) if chosen is None else chosen
+    cohort = _cohort(grid, plan, combination, number) if before is None else before
 
-    accepted, missed = _ask(grid, strategy, request, cohort, combination.fewest)
+    with timed(phases, "exchange"):
+        accepted, missed = _ask(grid, strategy, request, cohort, combination.fewest)
     nodes = sorted(node for answer, _ in accepted for node in answer.nodes)
     names = tuple(holder_name(grid, node) for node in nodes)
     if len(nodes) < combination.fewest <= len(cohort) and plan.aggregation.kind != "plain":
         # What holders sent for this round is not sent again, so there is no second try.
         why = f"fewer than {combination.fewest} holders remained for a masked sum"
         seconds = time.perf_counter() - begin
-        return state.skipped(), RoundSummary(number, (), missed, seconds, lost=why)
+        summary = RoundSummary(number, (), missed, seconds, lost=why, phases=phases)
+        return state.skipped(), summary
     _require_quorum(combination.fewest, number, names, missed)
 
-    replies = [reply for _, reply in accepted]
-    seen, memory = combination.combined(number, replies, state.strategy, len(state.parameters))
-    messages = [Message(reply.parameters(state.parameters), 1, MessageType.TRAIN) for reply in seen]
+    with timed(phases, "aggregate"):
+        replies = [reply for _, reply in accepted]
+        state = _aggregated(plan, strategy, state, combination, replies)
+    return state, RoundSummary(number, names, missed, time.perf_counter() - begin, phases=phases)
+
+
+def _aggregated(
+    plan: TrainingPlan,
+    strategy: Strategy,
+    state: RunState,
+    combination: Combination,
+    replies: Sequence[TrainReply],
+) -> RunState:
+    """The state that a round's accepted replies lead to."""
+    number, old = state.round + 1, state.parameters
+    seen, memory = combination.combined(number, replies, state.strategy, len(old))
+    messages = [Message(reply.parameters(old), 1, MessageType.TRAIN) for reply in seen]
     arrays, _ = strategy.aggregate_train(number, messages)
-    parameters = result_of(arrays, state.parameters)
-    state = state.advanced(
-        parameters,
+    return state.advanced(
+        result_of(arrays, old),
         {**snapshot(plan.strategy.name, strategy), **memory},
         average=number > plan.average_from * plan.rounds,
     )
-    return state, RoundSummary(number, names, missed, time.perf_counter() - begin)
 
 
 def evaluate(
@@ -183,10 +184,10 @@ def evaluate(
     """
     request = RoundRequest(state.run_id, state.round, plan, state.released)
     content = request.records()
-    asked = [
-        Message(content, node, MessageType.EVALUATE)
-        for node in _choose(grid, plan, state.round, "evaluation")
-    ]
+    nodes = _begun(grid, state.round, evaluation=True)
+    if nodes is None:
+        nodes = cohort_of(sorted(grid.get_node_ids()), plan, state.round, "evaluation")
+    asked = [Message(content, node, MessageType.EVALUATE) for node in nodes]
     answers, missed = exchange(grid, asked, plan.round_deadline)
     replies: dict[str, EvaluateReply] = {}
     expected = expected_of(plan, task)
@@ -228,19 +229,41 @@ class _Quorum(Protocol):
     def round_deadline(self) -> float: ...
 
 
-def wait_for_quorum(grid: Grid, plan: _Quorum, poll: float = 0.05) -> int:
+def wait_for_quorum(grid: Grid, plan: _Quorum) -> int:
     """Wait until ``plan.min_holders`` are there, for ``plan.round_deadline`` seconds at most.
 
     Returns:
         How many are there.
     """
-    deadline = time.monotonic() + plan.round_deadline
-    simulated = isinstance(grid, BaseGrid) and grid.complete
-    while (present := len(list(grid.get_node_ids()))) < plan.min_holders:
-        if simulated or time.monotonic() > deadline:
-            break
-        time.sleep(poll)
+    enough = plan.min_holders
+    return len(_wait_until(grid, lambda present: len(present) >= enough, plan.round_deadline))
+
+
+def _wait_until(
+    grid: Grid, satisfied: Callable[[Sequence[int]], bool], seconds: float
+) -> Sequence[int]:
+    """Who is there, once that satisfies or the time is over; in a simulation nobody will come."""
+    deadline = time.monotonic() + seconds
+    present = sorted(grid.get_node_ids())
+    if isinstance(grid, BaseGrid):
+        wait = grid.wait_for_change
+        if grid.complete:
+            return present
+    else:
+        wait = partial(wait_for_change, grid)
+    while not satisfied(present) and (left := deadline - time.monotonic()) > 0:
+        present = wait(present, left)
     return present
+
+
+@contextmanager
+def timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Note how many seconds a block takes."""
+    begin = time.perf_counter()
+    try:
+        yield
+    finally:
+        phases[name] = phases.get(name, 0.0) + time.perf_counter() - begin
 
 
 # -- the parts of a round -------------------------------------------------------------------------
@@ -276,39 +299,45 @@ def _ask(
     Returns:
         Answers that count, by ascending node, and name → reason of holders without one.
     """
-    deadline = time.monotonic() + request.plan.round_deadline
+    left = request.plan.round_deadline
+    deadline = time.monotonic() + left
+    enough = request.plan.cohort if request.plan.over_selection else None
     asked: set[int] = set()
     accepted: list[tuple[Answer, TrainReply]] = []
     missed = dict.fromkeys(_Cohort(grid, []).away(), "away when the round began")
     nodes = list(cohort)
     while True:
         asked.update(nodes)
-        messages = _requests(strategy, request, _Cohort(grid, nodes))
-        answers, silent = exchange(grid, messages, max(0.0, deadline - time.monotonic()))
+        messages = requests_to(nodes, strategy, request, grid)
+        answers, silent = exchange(grid, messages, left, enough)
         counted, rejected = _validate(answers, request)
         accepted += counted
-        missed |= silent | _named(grid, rejected)
+        missed |= silent | named(grid, rejected)
         if request.plan.aggregation.kind != "plain":
             break  # nobody can be added to a masked sum
         lacking = fewest - sum(len(answer.nodes) for answer, _ in accepted)
         # As many as are lacking: a hundred thousand need not be asked because one declined.
-        nodes = _others(grid, asked, deadline)[:lacking] if lacking > 0 else []
+        nodes = others_than(asked, grid, deadline)[:lacking] if lacking > 0 else []
         if not nodes:
             break
+        left = max(0.0, deadline - time.monotonic())
     names = {holder_name(grid, node) for answer, _ in accepted for node in answer.nodes}
     missed = {name: why for name, why in missed.items() if name not in names}
     return sorted(accepted, key=lambda pair: pair[0].nodes), missed
 
 
-def _others(grid: Grid, asked: set[int], deadline: float, poll: float = 0.05) -> list[int]:
-    """Holders that were not asked, waiting for one to come as long as that may be."""
+def others_than(asked: set[int], grid: Grid, deadline: float) -> list[int]:
+    """Holders that were not asked, waiting for one to come as long as that may be.
+
+    Args:
+        asked: node ids.
+        grid: reaches the holders.
+        deadline: on the monotonic clock.
+    """
     patience = grid.patience if isinstance(grid, BaseGrid) else 0.0
-    deadline = min(deadline, time.monotonic() + patience)
-    while not (others := sorted(set(grid.get_node_ids()) - asked)):
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(poll)
-    return others
+    seconds = min(patience, deadline - time.monotonic())
+    present = _wait_until(grid, lambda present: bool(set(present) - asked), seconds)
+    return sorted(set(present) - asked)
 
 
 def _wait_for_more(grid: Grid, plan: TrainingPlan) -> None:
@@ -319,33 +348,42 @@ def _wait_for_more(grid: Grid, plan: TrainingPlan) -> None:
     """
     present = set(grid.get_node_ids())
     if plan.cohort is not None and len(present) < plan.cohort:
-        _others(grid, present, time.monotonic() + plan.round_deadline)
+        others_than(present, grid, time.monotonic() + plan.round_deadline)
 
 
 NOBODY = 1
 """A node id that no holder has: Flower's own, of the coordinator."""
 
 
-def _requests(strategy: Strategy, request: RoundRequest, cohort: _Cohort) -> list[Message]:
+def requests_to(
+    nodes: Sequence[int], strategy: Strategy, request: RoundRequest, grid: Grid
+) -> list[Message]:
     """The strategy's requests to a cohort; a cohort drawn by coins may be empty.
 
     A strategy waits until there is somebody to ask, and it must see every round all the same, as
     it takes down the parameters that the round begins with.
     """
-    shown = cohort if cohort.get_node_ids() else _Cohort(cohort, [NOBODY])
+    shown = _Cohort(grid, nodes or [NOBODY])
     asked = strategy.configure_train(request.round, request.arrays(), request.config(), shown)
     return [message for message in asked if message.metadata.dst_node_id != NOBODY]
 
 
-def _choose(grid: Grid, plan: TrainingPlan, number: int, purpose: str = "cohort") -> list[int]:
-    """The cohort among the holders that are there."""
-    return cohort_of(sorted(grid.get_node_ids()), plan, number, purpose)
+def _begun(grid: Grid, number: int, *, evaluation: bool = False) -> Sequence[int] | None:
+    """Whom a round had asked before the coordinator was started again; None if nobody."""
+    return grid.begun(number, evaluation=evaluation) if isinstance(grid, BaseGrid) else None
+
+
+def _cohort(grid: Grid, plan: TrainingPlan, combination: Combination, number: int) -> list[int]:
+    """Whom to ask among the holders that are there."""
+    present = sorted(grid.get_node_ids())
+    chosen = combination.cohort(present, partial(holder_name, grid), number)
+    return cohort_of(present, plan, number) if chosen is None else chosen
 
 
 def cohort_of(
     present: Sequence[int], plan: TrainingPlan, number: int, purpose: str = "cohort"
 ) -> list[int]:
-    """Whom to ask in a round: everyone, or ``plan.cohort`` of them.
+    """Whom to ask in a round: everyone, or as many as the plan says.
 
     Args:
         present: whom there is, in ascending order.
@@ -353,14 +391,15 @@ def cohort_of(
         number: of the round.
         purpose: what they are asked for; other purposes draw others.
     """
-    if plan.cohort is None or plan.cohort >= len(present):
+    count = plan.asked if purpose == "cohort" else plan.cohort
+    if count is None or count >= len(present):
         return list(present)
     chance = random.Random(derived_seed(purpose, plan.seed, number))
-    return sorted(chance.sample(present, plan.cohort))
+    return sorted(chance.sample(present, count))
 
 
 def exchange(
-    grid: Grid, messages: Iterable[Message], deadline: float
+    grid: Grid, messages: Iterable[Message], deadline: float, enough: int | None = None
 ) -> tuple[list[Answer], dict[str, str]]:
     """Send, wait, and sort replies by holder: float sums then come out the same every time.
 
@@ -368,13 +407,15 @@ def exchange(
         grid: reaches the holders.
         messages: one for each holder that is asked.
         deadline: seconds until a silent holder misses it.
+        enough: replies without an error that close it, whoever is still at work; None for all.
 
     Returns:
         The answers, and name → reason of the holders without one.
     """
     asked = sorted(messages, key=lambda message: message.metadata.dst_node_id)
     nodes = [message.metadata.dst_node_id for message in asked]
-    replies = list(grid.send_and_receive(asked, timeout=deadline))
+    known = grid if isinstance(grid, BaseGrid) else Around(grid)
+    replies = list(known.replies(asked, timeout=deadline, enough=enough))
     # Flower's own error replies carry the coordinator's node id as source, so match by request.
     asked_of = {message.metadata.message_id: message.metadata.dst_node_id for message in asked}
     answered: dict[int, Answer] = {}
@@ -387,8 +428,10 @@ def exchange(
             answered[node] = Answer(_spoken_for(grid, reply, node), reply)
     answers = [answered[node] for node in sorted(answered)]
     silent = set(nodes) - _nodes(answers) - missed.keys()
-    missed |= dict.fromkeys(silent, f"no reply within {deadline:.3g} s")
-    return answers, _named(grid, missed)
+    closed = enough is not None and len(_nodes(answers)) >= enough
+    why = f"not among the first {enough}" if closed else f"no reply within {deadline:.3g} s"
+    missed |= dict.fromkeys(silent, why)
+    return answers, named(grid, missed)
 
 
 def _validate(
@@ -399,18 +442,28 @@ def _validate(
     rejected: dict[int, str] = {}
     for answer in answers:
         try:
-            reply = TrainReply.of(
-                answer.reply.content,
-                request.plan,
-                len(request.parameters),
-                holders=len(answer.nodes),
-                clip_norm=request.clip_norm,
-            )
+            accepted.append((answer, validated(answer, request)))
         except WireError as error:
-            rejected |= dict.fromkeys(answer.nodes, f"reply rejected: {error}")
-            continue
-        accepted.append((answer, reply))
+            rejected |= dict.fromkeys(answer.nodes, str(error))
     return accepted, rejected
+
+
+def validated(answer: Answer, request: RoundRequest) -> TrainReply:
+    """An answer to a training request, as what it says.
+
+    Raises:
+        WireError: it cannot count; says why.
+    """
+    try:
+        return TrainReply.of(
+            answer.reply.content,
+            request.plan,
+            len(request.parameters),
+            holders=len(answer.nodes),
+            clip_norm=request.clip_norm,
+        )
+    except WireError as error:
+        raise WireError(f"reply rejected: {error}") from None
 
 
 def _spoken_for(grid: Grid, reply: Message, node: int) -> tuple[int, ...]:
@@ -424,7 +477,8 @@ def _nodes(answers: Iterable[Answer]) -> set[int]:
     return {node for answer in answers for node in answer.nodes}
 
 
-def _named(grid: Grid, reasons: Mapping[int, str]) -> dict[str, str]:
+def named(grid: Grid, reasons: Mapping[int, str]) -> dict[str, str]:
+    """Reasons by name of the holder, in place of its node id."""
     return {holder_name(grid, node): why for node, why in sorted(reasons.items())}
 
 
@@ -435,12 +489,13 @@ def _require_quorum(
         return
     raise RunError(
         f"round {number}: {len(accepted)} of at least {fewest} updates were accepted "
-        f"({_reasons(missed)}). The model of round {number - 1} is kept; start again with the same "
-        "state folder to go on"
+        f"({reasons_of(missed)}). The model of round {number - 1} is kept; start again with the "
+        "same state folder to go on"
     )
 
 
-def _reasons(missed: Mapping[str, str]) -> str:
+def reasons_of(missed: Mapping[str, str]) -> str:
+    """Name → reason, in words."""
     return "; ".join(f"{name}: {why}" for name, why in sorted(missed.items())) or "nobody asked"
 
 

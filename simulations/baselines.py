@@ -34,6 +34,7 @@ def solo_plan(plan: TrainingPlan) -> TrainingPlan:
         update={
             "min_holders": 1,
             "cohort": None,
+            "over_selection": 0.0,
             "strategy": strategy,
             "evaluate_every": plan.rounds,
             "privacy": privacy,

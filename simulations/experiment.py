@@ -20,10 +20,12 @@ from common.privacy.noise import SeededRandomness
 from common.tasks.base import HolderData, HolderTables, Task
 from common.tasks.parameters import load_shared
 from common.tasks.scaling import scaled
+from server.aggregation import is_buffered
 from server.app import build_app
 from server.central import Combination, combination_of
-from server.rounds import RoundSummary
 from server.runs import RunFolder, RunResult
+from server.summaries import RoundSummary
+from simulations.asynchronous import AsynchronousGrid
 from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
 from simulations.engines import ENGINES, engine_running, workers_for
 from simulations.faults import Byzantine, Faults, FaultyGrid, RoundFaults
@@ -106,7 +108,9 @@ class ExperimentResult:
         runs: one for each seed.
         baselines: if they were asked for.
         seconds: wall time of all of it.
-        faults: what went wrong, for every round of every seed, if faults were asked for.
+        faults: what went wrong, for every round of every seed, where time is simulated.
+        clocks: for every seed, simulated seconds at the end of each round; none where no time is
+            simulated.
     """
 
     experiment: Experiment
@@ -115,6 +119,7 @@ class ExperimentResult:
     baselines: Baselines | None
     seconds: float
     faults: Sequence[RoundFaults] = ()
+    clocks: Sequence[Sequence[float]] = ()
 
     @property
     def finals(self) -> Sequence[Mapping[str, Metrics]]:
@@ -142,6 +147,7 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
     begin = time.perf_counter()
     runs, local, pooled, names = [], [], [], list[str]()
     happened: list[RoundFaults] = []
+    clocks: list[list[float]] = []
     with engine_running(experiment.engine, experiment.address):
         for number, seed in enumerate(experiment.seeds):
             plan = experiment.plan.model_copy(update={"seed": seed})
@@ -153,14 +159,16 @@ def run_experiment(experiment: Experiment, on_progress: OnProgress = _silent) ->
             report = partial(on_progress, "federation", seed)
             disturb = _disturbance(experiment, seed, happened)
             trained_on = _poisoned(experiment, seed, tables, data)
-            runs.append(_train(experiment, plan, trained_on, report, folder, disturb))
+            clock: list[float] = []
+            runs.append(_train(experiment, plan, trained_on, report, folder, disturb, clock))
+            clocks += [clock] if clock else []
             if experiment.baselines:
                 alone, together = _baselines(experiment, plan, tables, data, on_progress)
                 local.append(alone)
                 pooled.append(together)
     baselines = Baselines(local, pooled) if experiment.baselines else None
     seconds = time.perf_counter() - begin
-    return ExperimentResult(experiment, names, runs, baselines, seconds, happened)
+    return ExperimentResult(experiment, names, runs, baselines, seconds, happened, clocks)
 
 
 def train_baselines(
@@ -247,13 +255,16 @@ def _as_it_is(grid: BaseGrid) -> BaseGrid:
 
 
 def _disturbance(experiment: Experiment, seed: int, happened: list[RoundFaults]) -> Disturb:
-    """What puts the faults into a run; what they did is appended to ``happened``."""
-    faults = experiment.faults
-    if faults is None:
+    """What puts time and faults into a run; what they did is appended to ``happened``."""
+    plan, faults = experiment.plan, experiment.faults
+    kind: type[FaultyGrid] = FaultyGrid
+    if is_buffered(plan.strategy.name):
+        kind = AsynchronousGrid
+    elif plan.aggregation.kind != "plain":
+        kind = FaultyMaskedGrid
+    if faults is None and kind is not AsynchronousGrid and not plan.over_selection:
         return _as_it_is
-    plain = experiment.plan.aggregation.kind == "plain"
-    kind = FaultyGrid if plain else FaultyMaskedGrid
-    return lambda grid: kind(grid, faults, seed, happened)
+    return lambda grid: kind(grid, faults or Faults(), seed, happened)
 
 
 def _train(
@@ -263,14 +274,35 @@ def _train(
     on_round: Callable[[RoundSummary], None],
     folder: RunFolder | None = None,
     disturb: Disturb = _as_it_is,
+    clock: list[float] | None = None,
 ) -> RunResult:
-    """The ServerApp of a deployment, on a Grid in this process."""
+    """The ServerApp of a deployment, on a Grid in this process.
+
+    Args:
+        experiment: what was asked.
+        plan: of this run.
+        data: by holder.
+        on_round: called with every round's summary.
+        folder: of the run; None keeps nothing.
+        disturb: puts time and faults into it.
+        clock: the simulated time at the end of each round is appended here, where there is any.
+    """
     results: list[RunResult] = []
-    app = build_app(
-        lambda _: (plan, experiment.task, folder), on_round, results.append, seeded_combination
-    )
     with _grid(experiment, plan, data) as grid:
-        app(disturb(grid), Context(1, 1, {}, RecordDict(), {}))
+        disturbed = disturb(grid)
+
+        def on_end_of(summary: RoundSummary) -> None:
+            if clock is not None and isinstance(disturbed, FaultyGrid):
+                clock.append(disturbed.now())
+            on_round(summary)
+
+        app = build_app(
+            lambda _: (plan, experiment.task, folder),
+            on_end_of,
+            results.append,
+            seeded_combination,
+        )
+        app(disturbed, Context(1, 1, {}, RecordDict(), {}))
     return results[0]
 
 

@@ -3,18 +3,19 @@
 A lie is told with the update, which the Grid forges, or with the rows that it is computed from,
 which the experiment poisons before anything is trained; both are entries of :data:`ATTACKS`.
 
-Who fails in a round is decided by the plan's seed, the round and the holder's name alone, so it is
-the same for every engine, whoever else is asked, and after a restart. Time is simulated: nobody
-sleeps. Only training is disturbed; an evaluation reaches everybody.
+Who fails in a round, and how long an answer takes, is decided by the plan's seed, the round and the
+holder's name alone, so it is the same for every engine, whoever else is asked, and after a restart.
+Time is simulated: nobody sleeps. Only training is disturbed; an evaluation reaches everybody.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ __all__ = [
     "Byzantine",
     "Faults",
     "FaultyGrid",
+    "Pace",
     "RoundFaults",
     "Straggle",
 ]
@@ -149,6 +151,50 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 # -- settings -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a holder takes for its answer: always the same, log-normal over the holders.
+
+    With σ = 1 the slowest of a hundred takes some hundred times as long as the fastest; with 0.2,
+    not three times.
+
+    Args:
+        median_seconds: of an answer of the holder in the middle.
+        sigma: σ, the standard deviation of the times' logarithms; 0 if all are alike.
+
+    Raises:
+        ConfigurationError: no length of time, or no deviation.
+    """
+
+    median_seconds: float
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.median_seconds) and self.median_seconds > 0):
+            raise ConfigurationError(
+                f"pace: SECONDS must be a positive number, got {self.median_seconds:g}"
+            )
+        if not 0 <= self.sigma <= LARGEST_SIGMA:
+            raise ConfigurationError(
+                f"pace: SIGMA must be from 0 to {LARGEST_SIGMA:g}, got {self.sigma:g}"
+            )
+
+    @classmethod
+    def parsed(cls, text: str) -> Pace:
+        """``SECONDS`` or ``SECONDS:SIGMA``; raises ConfigurationError."""
+        seconds, _, sigma = text.partition(":")
+        return cls(_number("pace", "SECONDS", seconds), _number("pace", "SIGMA", sigma or "0"))
+
+    def seconds(self, seed: int, name: str) -> float:
+        """Of every answer of a holder."""
+        share = _uniform("pace", seed, name) + 2.0**-54  # in (0, 1)
+        return self.median_seconds * math.exp(self.sigma * NormalDist().inv_cdf(share))
+
+
+LARGEST_SIGMA = 5.0
+"""Beyond it the slowest of a hundred takes ten thousand million times as long as the fastest."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +364,7 @@ class Faults:
         dropout: probability that a holder asked to train stays silent.
         straggle: answers that take longer; None for none.
         byzantine: holders that lie; None for none.
+        pace: how long answers take; None for no time at all.
 
     Raises:
         ConfigurationError: ``dropout`` is no probability.
@@ -326,6 +373,7 @@ class Faults:
     dropout: float = 0.0
     straggle: Straggle | None = None
     byzantine: Byzantine | None = None
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         _require_share("dropout", "probability", self.dropout)
@@ -343,25 +391,31 @@ class Faults:
         number = len(EXCHANGES)
         return math.floor(_uniform("exchange", *who) * number) if self.silent(*who) else number
 
-    def delay(self, *who: object) -> float:
-        """Extra seconds of the answer that ``who`` names."""
-        return self.straggle.delay(*who) if self.straggle else 0.0
+    def delay(self, seed: int, number: int, name: str) -> float:
+        """Seconds until a holder's answer of round ``number``."""
+        usual = self.pace.seconds(seed, name) if self.pace else 0.0
+        return usual + (self.straggle.delay(seed, number, name) if self.straggle else 0.0)
 
     @classmethod
     def parsed(
-        cls, dropout: float | None, straggle: str | None, byzantine: str | None
+        cls,
+        dropout: float | None,
+        straggle: str | None,
+        byzantine: str | None,
+        pace: str | None = None,
     ) -> Faults | None:
         """From the flags of ``sotto simulate``; None if none was given.
 
         Raises:
             ConfigurationError: says what a flag may be.
         """
-        if dropout is None and straggle is None and byzantine is None:
+        if dropout is None and straggle is None and byzantine is None and pace is None:
             return None
         return cls(
             dropout or 0.0,
             None if straggle is None else Straggle.parsed(straggle),
             None if byzantine is None else Byzantine.parsed(byzantine),
+            None if pace is None else Pace.parsed(pace),
         )
 
 
@@ -394,12 +448,29 @@ class RoundFaults:
         late: holders that worked, and whose answers came after the deadline.
         attacked: updates of malicious holders that came in time.
         waited: simulated seconds until the last answer that came in time.
+        spare: holders that worked, and whose answers came when the round had closed.
     """
 
     dropped: int
     late: int
     attacked: int
     waited: float
+    spare: int = 0
+
+
+@dataclass(frozen=True, order=True)
+class _Coming:
+    """An answer on its way.
+
+    Args:
+        seconds: when it comes.
+        place: decides between answers that come at the same time.
+        message: the request.
+    """
+
+    seconds: float
+    place: float
+    message: Message = field(compare=False)
 
 
 @dataclass
@@ -424,6 +495,7 @@ class FaultyGrid(Around):
 
     One that stays silent is not asked: its privacy and its private parameters stay where they are.
     One that is late is asked and works, so its privacy is spent, and its answer is thrown away.
+    :meth:`now` is simulated time: a round that lacks an answer lasts until its deadline.
 
     Args:
         grid: reaches the holders, all of whom are there from the beginning.
@@ -441,8 +513,27 @@ class FaultyGrid(Around):
         names = [grid.holder_name(node) for node in grid.get_node_ids()]
         byzantine = faults.byzantine
         self._malicious = byzantine.malicious(names, seed) if byzantine else frozenset[str]()
+        self._clock = 0.0
+
+    def now(self) -> float:
+        """Simulated seconds since the run began."""
+        return self._clock
 
     # -- with faults -------------------------------------------------------------------------
+
+    def replies(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        enough: int | None = None,
+    ) -> Iterator[Message]:
+        """The replies that come in time, or the first of them where so many are enough."""
+        asked = list(messages)
+        if enough is None or not asked or asked[0].metadata.message_type != MessageType.TRAIN:
+            yield from self.send_and_receive(asked, timeout=timeout)
+        else:
+            yield from self._first(asked, enough, timeout)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -470,7 +561,58 @@ class FaultyGrid(Around):
         attacked = self._forge(in_time, request)
         dropped = len(messages) - len(cast.honest) - len(cast.malicious) - len(cast.late)
         self._happened.append(RoundFaults(dropped, len(cast.late), attacked, cast.waited))
+        lacking = timeout is not None and (dropped or cast.late)
+        self._clock += timeout if timeout is not None and lacking else cast.waited
         return [*in_time, *ask(cast.honest, timeout=timeout)]
+
+    def _first(
+        self, messages: Sequence[Message], enough: int, timeout: float | None
+    ) -> list[Message]:
+        """The first replies without an error; whoever comes later has worked for nothing."""
+        request = RoundRequest.of(messages[0])
+        coming = self._coming(messages, request.round)
+        end = math.inf if timeout is None else timeout
+        in_time = [one for one in coming if one.seconds <= end]
+        replies, found, taken, attacked = list[Message](), 0, 0, 0
+        while found < enough and taken < len(in_time):
+            some = [one.message for one in in_time[taken : taken + enough - found]]
+            taken += len(some)
+            answers, lies = self._answered(some, request)
+            replies, attacked = [*replies, *answers], attacked + lies
+            found += sum(len(self.answered_by(one)) for one in answers if not one.has_error())
+        self._grid.individually([one.message for one in coming[taken:]])
+        waited = in_time[taken - 1].seconds if taken else 0.0
+        lacking = found < enough and len(in_time) < len(messages)
+        self._clock += end if lacking and timeout is not None else waited
+        dropped, late = len(messages) - len(coming), len(coming) - len(in_time)
+        spare = len(in_time) - taken
+        self._happened.append(RoundFaults(dropped, late, attacked, waited, spare))
+        return replies
+
+    def _coming(self, messages: Sequence[Message], number: int) -> list[_Coming]:
+        """The answers to round ``number``, by time; silent holders have none."""
+        named = [
+            (message, (self._seed, number, self.holder_name(message.metadata.dst_node_id)))
+            for message in messages
+        ]
+        return sorted(
+            _Coming(self._faults.delay(*who), _uniform("place", *who), message)
+            for message, who in named
+            if not self._faults.silent(*who)
+        )
+
+    def _answered(
+        self, messages: Sequence[Message], request: RoundRequest
+    ) -> tuple[list[Message], int]:
+        """Everybody's replies, some of them forged, and how many are."""
+        lying, honest = list[Message](), list[Message]()
+        for message in messages:
+            name = self.holder_name(message.metadata.dst_node_id)
+            (lying if name in self._malicious else honest).append(message)
+        # What is forged must not be in a sum.
+        apart = self._grid.individually(lying)
+        attacked = self._forge(apart, request)
+        return [*apart, *self._grid.send_and_receive(honest)], attacked
 
     def _cast(self, messages: Sequence[Message], number: int, timeout: float | None) -> _Cast:
         """What becomes of every request of round ``number``."""

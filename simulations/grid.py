@@ -118,7 +118,7 @@ class InProcessGrid(BaseGrid):
         return [self._ask(message) for message in messages]
 
     def _ask(self, message: Message) -> Message:
-        stamp(message)
+        stamp(message, message.metadata.message_id or None)
         return self._app(message, self._contexts[message.metadata.dst_node_id])
 
 
@@ -192,7 +192,7 @@ class BatchedGrid(BaseGrid):
         if not messages:
             return []
         for message in messages:
-            stamp(message)
+            stamp(message, message.metadata.message_id or None)
         # A round's requests differ in nothing but the addressee.
         request = RoundRequest.of(messages[0])
         names = [self.holder_name(message.metadata.dst_node_id) for message in messages]

@@ -30,7 +30,7 @@ from common.flower import quiet_flower
 from common.plan import TrainingPlan
 from common.settings import plan_for
 from common.tasks.base import HolderData, HolderTables, Task
-from server.aggregation import build_strategy
+from server.aggregation import build_strategy, is_buffered
 from simulations.baselines import POOLED, pooled_plan, pooled_tables, solo_plan
 from simulations.engines import workers_for
 from simulations.lanes import Member, Result, Run, stacks_of
@@ -153,6 +153,11 @@ def _plan(task: Task, chosen: Mapping[str, Any], holders: int | None, count: int
             "simulate' for each setting"
         )
     build_strategy(plan)  # refuses one that there is not, or that lacks holders
+    if plan.over_selection or is_buffered(plan.strategy.name):
+        raise ConfigurationError(
+            "a sweep has no time, so nobody in it is faster than another; where that matters "
+            "(over_selection, strategy 'fedbuff'), run 'sotto simulate' for each setting"
+        )
     return plan.model_copy(update={"evaluate_every": plan.rounds})
 
 

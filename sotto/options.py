@@ -30,6 +30,9 @@ def _option(kind: object, help_text: str, *names: str, panel: str = "Plan", **ex
 _PLAN: dict[str, Any] = {
     "rounds": _option(int | None, "Exchanges with the holders."),
     "cohort": _option(int | None, "Holders asked each round; everyone if left out."),
+    "over_selection": _option(
+        float | None, "Share of the cohort asked besides; the first updates count."
+    ),
     "min_holders": _option(int | None, "A round with fewer accepted updates fails."),
     "local_steps": _option(int | None, "Optimizer steps between download and upload."),
     "batch_size": _option(str | None, "Expected units in a step, or 'full'."),
@@ -38,13 +41,18 @@ _PLAN: dict[str, Any] = {
     "momentum": _option(float | None, "Of the holders' SGD."),
     "strategy": _option(
         str | None,
-        "fedavg, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum.",
+        "fedavg, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, "
+        "fedbuff.",
     ),
     "server_learning_rate": _option(float | None, "The coordinator's learning rate."),
     "server_momentum": _option(float | None, "Of fedavgm."),
     "proximal_mu": _option(float | None, "Of fedprox."),
     "trim": _option(float | None, "Fraction that fedtrimmedavg cuts at each end."),
     "malicious": _option(int | None, "Malicious holders that krum must withstand."),
+    "buffer": _option(int | None, "Of fedbuff: so many updates make the next model."),
+    "max_staleness": _option(
+        int | None, "Of fedbuff: older updates, in models since the one they are of, are dropped."
+    ),
     "weighting": _option(str | None, "equal, or size: by the size class that holders declare."),
     "holder_size": _option(int | None, "Public nominal number of units of one holder."),
     "average_from": _option(float | None, "Average the models after this fraction of rounds."),
@@ -62,6 +70,9 @@ _PLAN: dict[str, Any] = {
         int | None, "With secure-sum: holders that may help the coordinator.", panel="Privacy"
     ),
     "round_deadline": _option(float | None, "Seconds until a silent holder misses the round."),
+    "deadline_extensions": _option(
+        int | None, "Further deadlines for a holder that makes progress; 0 for none."
+    ),
     "max_update_norm": _option(float | None, "Bound on updates of a plan without privacy."),
     "epsilon": _option(float | None, "ε of the whole run, for each holder.", panel="Privacy"),
     "delta": _option(float | None, "δ; below 1/n of the unit.", panel="Privacy"),
@@ -109,7 +120,9 @@ _RUN: dict[str, Any] = {
 }
 _SHARED = {**_PLAN, **_RUN}
 
-_SINGLE = frozenset({"seed", "evaluate", "scaling", "round_deadline", "no_dp"})
+_SINGLE = frozenset(
+    {"seed", "evaluate", "scaling", "round_deadline", "deadline_extensions", "no_dp"}
+)
 """Flags of a plan that are one value in a sweep too: a first seed, and what decides no result."""
 _LISTED = frozenset(_PLAN) - _SINGLE
 

@@ -55,6 +55,13 @@ def simulate(
             "longest or label-flip."
         ),
     ] = None,
+    pace: Annotated[
+        str | None,
+        typer.Option(
+            help="SECONDS:SIGMA: an answer takes SECONDS, by a factor of each holder's own with "
+            "deviation SIGMA of its logarithm."
+        ),
+    ] = None,
 ) -> None:
     """Simulate a federation in this process: the same apps and plan, seeded, without Ray."""
     # torch takes seconds to import; flags are checked, and help is shown, without it.
@@ -68,17 +75,19 @@ def simulate(
     from sotto.report import write_report
 
     screen = Screen(settings.output)
-    faults = Faults.parsed(dropout, straggle, byzantine)
+    faults = Faults.parsed(dropout, straggle, byzantine, pace)
     loaded = load(task, settings.source, settings.preprocessing)
     if data is not None:
         loaded.source = OwnFile(data, loaded.source)
     holders = list(loaded.source.tables(settings.holders))
     wanted = dict(settings.plan)
-    if plain := wanted.get("aggregation", "plain") == "plain":  # a masked sum has its threshold
+    rounds = wanted.get("strategy") != "fedbuff"  # which has a buffer in place of a quorum
+    plain = wanted.get("aggregation", "plain") == "plain"  # a masked sum has its threshold
+    if rounds and plain:
         everyone = min(len(holders), wanted.get("cohort") or len(holders))
         wanted = {"min_holders": everyone if faults is None else 1, **wanted}
     plan = plan_for(loaded, wanted, holders=settings.holders)
-    if plain and faults is not None and "min_holders" not in settings.plan:
+    if rounds and plain and faults is not None and "min_holders" not in settings.plan:
         plan = _with_smallest_quorum(plan)
     if "evaluate" not in settings.plan and plan.evaluation.kind == "local":
         # Twenty points make a curve; evaluating more often would cost more than it shows.
@@ -114,6 +123,8 @@ def simulate(
             screen.say(note)
     show_sums(screen, written)
     screen.say(guarantee(plan, loaded, simulated=True))
+    if "simulated_seconds" in written:
+        screen.say(_how_long(written["simulated_seconds"]))
     if faults is not None:
         screen.say(_what_went_wrong(written["faults"]))
     screen.say(f"Everything about this run: {report}")
@@ -133,10 +144,19 @@ def _with_smallest_quorum(plan: TrainingPlan) -> TrainingPlan:
     return validated(TrainingPlan, {**plan.model_dump(), "min_holders": fewest})
 
 
+def _how_long(simulated: Mapping[str, float]) -> str:
+    """Simulated time, in one sentence."""
+    return (
+        f"In simulated time the run takes {simulated['total']:.4g} seconds, and half of its rounds "
+        f"{simulated['round_median']:.3g} or less."
+    )
+
+
 def _what_went_wrong(faults: Mapping[str, Any]) -> str:
     """The faults of a document, in one sentence."""
     return (
         f"Faults: {faults['dropped']} answers never came, {faults['late']} came after the "
-        f"deadline, and {faults['attacked']} of those that came in time were forged; half of the "
+        f"deadline, {faults['spare']} when the round had closed, and {faults['attacked']} of those "
+        f"that came in time were forged; half of the "
         f"rounds waited {faults['waited_median']:.3g} simulated seconds or less for stragglers."
     )

@@ -82,8 +82,9 @@ def test_a_run_goes_on_although_calibration_changed_a_little() -> None:
     sigma = {"noise_multiplier": (plan.privacy.noise_multiplier or 0) * (1 + 1e-12)}  # type: ignore[union-attr]
     later = plan.model_copy(update={"privacy": plan.privacy.model_copy(update=sigma)})
     assert later.digest != plan.digest
-    assert later.same_but_for_noise(plan)
-    assert not plan_for(TinyTask(), {"epsilon": 2.1}).same_but_for_noise(plan)
+    assert not later.differences(plan)
+    (difference,) = plan_for(TinyTask(), {"epsilon": 2.1, "rounds": plan.rounds}).differences(plan)
+    assert difference.startswith("privacy is ")
 
 
 def test_every_setting_is_understood(tmp_path: Path) -> None:
@@ -91,8 +92,8 @@ def test_every_setting_is_understood(tmp_path: Path) -> None:
     scaling = tmp_path / "scaling.toml"
     scaling.write_text(scaling_text([InputScaling(input="x", shift=(1.0,), scale=(2.0,))], ""))
     values: dict[str, object] = {
-        "optimizer": "adam", "strategy": "fedprox", "weighting": "size", "batch_size": 7,
-        "epsilon": 3.3, "delta": 3e-5, "cohort": 9, "holder_size": 77, "momentum": 0.3,
+        "optimizer": "adam", "weighting": "size", "batch_size": 7,
+        "epsilon": 3.3, "delta": 3e-5, "holder_size": 77, "momentum": 0.3,
         "trim": 0.11, "average_from": 0.7, "server_momentum": 0.7,
         "evaluate": "every 2", "scaling": scaling,
     }  # fmt: skip
@@ -100,8 +101,11 @@ def test_every_setting_is_understood(tmp_path: Path) -> None:
         "unit": "holder", "clipping": "adaptive", "mechanism": "banded", "bands": 2,
     }  # fmt: skip
     masked: dict[str, object] = {"aggregation": "secure-sum", "dropouts": 0.0, "coalition": 2}
+    rounds: dict[str, object] = {"cohort": 9, "over_selection": 0.5}
+    buffered: dict[str, object] = {"strategy": "fedbuff", "buffer": 2, "max_staleness": 3}
     default = plan_for(TinyTask(), {})
-    for name in set(SETTINGS) - {"no_dp", "evaluation_epsilon", *central, *masked}:
+    together = {**central, **masked, **rounds, **buffered}
+    for name in set(SETTINGS) - {"no_dp", "evaluation_epsilon", *together}:
         assert plan_for(TinyTask(), {name: values.get(name, 2)}) != default, name
 
     priced = plan_for(load("medical-diagnosis"), {"evaluation_epsilon": 2})  # a task with cells
@@ -111,10 +115,13 @@ def test_every_setting_is_understood(tmp_path: Path) -> None:
         ("unit", "mechanism", "bands"),
         ("aggregation", "dropouts"),
         ("aggregation", "coalition"),
+        ("cohort", "over_selection"),
+        ("strategy", "buffer"),
+        ("strategy", "max_staleness"),
     ):
         for count, name in enumerate(names):
-            without = {known: (central | masked)[known] for known in names[:count]}
-            with_it = {**without, name: (central | masked)[name]}
+            without = {known: together[known] for known in names[:count]}
+            with_it = {**without, name: together[name]}
             one, other = (plan_for(TinyTask(), each, holders=9) for each in (with_it, without))
             assert one != other, name
 
@@ -174,7 +181,7 @@ def test_a_plan_whose_unit_is_the_holder_round_trips(chosen: dict[str, object]) 
     assert plan.privacy.population == 50
     assert TrainingPlan.from_json(plan.to_json()) == plan
     assert TrainingPlan.from_toml(plan.to_toml()) == plan
-    assert plan.same_but_for_noise(plan.calibrated())
+    assert not plan.differences(plan.calibrated())
 
 
 def test_where_holders_are_the_unit_the_sentence_says_whom_to_trust() -> None:

@@ -15,8 +15,9 @@ from common.settings import plan_for
 from common.wire import FAILED, refusal_error
 from server.aggregation import STRATEGIES, build_strategy
 from server.checkpoints import Checkpoints, RunState
-from server.rounds import RoundSummary, evaluate, rounds
-from tests.fakes import FakeGrid, pulls_towards
+from server.rounds import evaluate, rounds
+from server.summaries import RoundSummary
+from tests.fakes import Answer, FakeGrid, pulls_towards
 from tests.tiny import TinyTask
 
 D = 5
@@ -166,11 +167,11 @@ def test_a_restart_from_a_checkpoint_changes_no_bit(name: str, tmp_path: Path) -
 
     training = train(crowd(), chosen, start())
     for _ in range(3):
-        half_way, _ = next(training)
-    Checkpoints(tmp_path).save(half_way, chosen)
-    resumed = Checkpoints(tmp_path).load(chosen)
+        half_way, summary = next(training)
+    Checkpoints(tmp_path).save(half_way, chosen, summary)
+    resumed, _ = Checkpoints(tmp_path).load(chosen)
     assert resumed is not None
-    *_, (state, _) = train(crowd(), chosen, resumed)
+    *_, (state, _) = train(crowd(), chosen, resumed.state)
     assert np.array_equal(state.released, undisturbed.released)
     assert np.array_equal(state.parameters, undisturbed.parameters)
 
@@ -207,6 +208,26 @@ def test_a_cohort_is_drawn_anew_each_round_and_the_same_after_a_restart() -> Non
     by_round = {number: {n for n, _, r in first.asked if r == number} for number in range(1, 13)}
     assert all(len(names) == 2 for names in by_round.values())
     assert len({frozenset(names) for names in by_round.values()}) > 1
+
+
+def test_an_over_selected_round_closes_with_the_first_updates_and_names_the_others() -> None:
+    chosen = plan(cohort=3, over_selection=0.5, min_holders=2)
+    grid = crowd(20)
+    _, summary = next(train(grid, chosen, start()))
+    asked = {name for name, _, _ in grid.asked}
+    assert len(asked) == 5
+    assert len(summary.accepted) == 3
+    assert set(summary.missed) == asked - set(summary.accepted)
+    assert set(summary.missed.values()) == {"not among the first 3"}
+
+
+def test_an_over_selected_round_that_lacks_updates_waits_for_all_of_them() -> None:
+    silent: dict[str, Answer] = {f"s{i}": lambda _: None for i in range(3)}
+    grid = FakeGrid({"a": pulls_towards(1.0), "b": pulls_towards(2.0), **silent})
+    chosen = plan(cohort=3, over_selection=2.0, min_holders=2)
+    _, summary = next(train(grid, chosen, start()))
+    assert summary.accepted == ("a", "b")
+    assert set(summary.missed.values()) == {"no reply within 600 s"}
 
 
 def test_a_holder_that_is_away_is_named_and_not_dropped_in_silence() -> None:

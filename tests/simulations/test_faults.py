@@ -490,7 +490,7 @@ def test_a_holder_that_has_nothing_honest_to_send_sends_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbuff"}))
 def test_nan_costs_the_holder_its_round_and_not_the_run(engine: str, strategy: str) -> None:
     chosen = {"strategy": strategy, "min_holders": 3, "rounds": 2}
     result = simulate(Faults(byzantine=Byzantine(0.2, "nan")), engine, **chosen)
@@ -783,7 +783,8 @@ def test_the_command_says_what_went_wrong(tmp_path: Path) -> None:
         "byzantine": {"share": 0.25, "attack": "scale", "strength": 2.0},
     }
     assert set(faults) == {
-        "dropout", "straggle", "byzantine", "dropped", "late", "attacked", "waited_median",
+        "dropout", "straggle", "byzantine", "pace", "dropped", "late", "attacked", "spare",
+        "waited_median",
     }  # fmt: skip
     assert f"Faults: {faults['dropped']} answers never came, {faults['late']} came" in told["said"]
     assert f"{faults['attacked']} of those that came in time were forged" in told["said"]
