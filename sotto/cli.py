@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, NoReturn
 
 import click
 import typer
 
-from common.errors import RunError, SottoError
+from common.errors import RunError, SottoError, StorageError
 
-__all__ = ["main"]
+__all__ = ["EXIT_CODES", "OWN_EXIT_CODES", "main"]
 
 # Flower reports usage and looks for updates unless told not to; a data holder's machine does
 # neither on Sotto's behalf.
@@ -23,7 +22,27 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 # matters is in our own log, which is rationed. gRPC reads this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-EXIT_USAGE, EXIT_RUN_FAILED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_DEFECT, EXIT_USAGE, EXIT_RUN_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "success; a holder, or a `--watch`, that was stopped",
+    EXIT_DEFECT: "a defect of Sotto or of a task: there is a traceback",
+    EXIT_USAGE: "a flag, file, key, address or table that cannot work; again changes nothing",
+    EXIT_RUN_FAILED: "a run, or a disk, that cannot go on; again goes on where it stopped",
+    EXIT_INTERRUPTED: "interrupted, by Ctrl-C or by SIGTERM",
+}
+"""What every exit code means, unless :data:`OWN_EXIT_CODES` says otherwise."""
+
+OWN_EXIT_CODES: Mapping[str, Mapping[int, str]] = {
+    "keys": {1: "cannot do what was asked"},
+    "audit": {3: "the audit found more than the guarantee allows"},
+    "policy check": {3: "the policy declines the plan"},
+    "status": {3: "no coordinator runs with that state folder"},
+}
+"""What a code means on commands where it says more."""
+
+_ENDS = {EXIT_USAGE: "unusable", EXIT_RUN_FAILED: "run_failed", EXIT_INTERRUPTED: "interrupted"}
+"""Code → event in the log."""
 
 
 def _application() -> typer.Typer:
@@ -37,6 +56,7 @@ def _application() -> typer.Typer:
     from sotto.serve import serve
     from sotto.simulate import simulate
     from sotto.stats import stats
+    from sotto.status import status
     from sotto.sweep import sweep
     from sotto.tune import tune
 
@@ -57,6 +77,7 @@ def _application() -> typer.Typer:
     app.command()(stats)
     app.command()(serve)
     app.command()(join)
+    app.command()(status)
     app.command()(tasks)
     app.add_typer(keys, name="keys", help="Certificates: request, approve, rotate, revoke, list.")
     app.add_typer(policy, name="policy", help="What a holder allows: init, show, check a plan.")
@@ -68,11 +89,9 @@ def _application() -> typer.Typer:
 def _common(
     verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
 ) -> None:
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    from sotto.logs import set_up
+
+    set_up(verbose=verbose)
 
 
 def tasks() -> None:
@@ -91,8 +110,7 @@ def tasks() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line; every error is a sentence, and its kind is the exit code.
 
-    0 success; 2 a flag, file, key or table that cannot work; 3 a run that cannot go on;
-    130 interrupted.
+    See :data:`EXIT_CODES`.
 
     Args:
         arguments: what follows ``sotto``; None for this process's own.
@@ -111,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(error.format_message(), EXIT_USAGE)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted", EXIT_INTERRUPTED)
-    except RunError as error:
+    except (RunError, StorageError) as error:
         _fail(str(error), EXIT_RUN_FAILED)
     except SottoError as error:
         _fail(str(error), EXIT_USAGE)
@@ -126,7 +144,12 @@ def _parameters(context: click.Context | None) -> list[click.Option]:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    print(f"sotto: {sentence}", file=sys.stderr)
+    from sotto.logs import in_json, report
+
+    if in_json():
+        report(sentence, _ENDS[code], code)
+    else:
+        print(f"sotto: {sentence}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from common.link.keepalive import KEEPALIVE
+from sotto.logs import LogFormat, LogFormatOption, screen_for
 from sotto.options import Output
+from sotto.pages import KeepaliveOption, MetricsOption
 from sotto.policy_flags import UNPINNED, Wanted, require_fitting
+from sotto.resident import stay
 from sotto.show import Screen, figure
 
 if TYPE_CHECKING:
     from client.holder import Holder
-    from client.node import NodeEvent, Replied
     from common.link.keys import HolderKeys
     from common.tasks.base import HolderData, HolderTables, Task
 
@@ -75,7 +76,10 @@ def join(
         bool, typer.Option("--insecure", help="Plain text, on loopback only.")
     ] = False,
     name: Annotated[str | None, typer.Option(help="With --insecure: the holder's name.")] = None,
+    metrics: MetricsOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Say less.")] = False,
+    keepalive: KeepaliveOption = KEEPALIVE,
+    log_format: LogFormatOption = LogFormat.TEXT,
 ) -> None:
     """Hold data and answer a coordinator, within a policy, until stopped.
 
@@ -86,11 +90,13 @@ def join(
     from client.policy_file import add_policy, policy_path
     from client.state import HolderState
     from client.trainer import pick_device
+    from common.durable import locked
     from common.errors import ConfigurationError
     from common.link.certificates import fingerprint
     from common.tasks import load
     from sotto.keys_report import expiry_warnings
 
+    del log_format  # taken before any other flag
     rules = policy or policy_path(state)
     wanted = Wanted(
         data_set, budget, delta, allow_no_dp, share_metrics, size_class, tuple(aggregation or ())
@@ -100,10 +106,10 @@ def join(
         wanted.require_enough()
     if (data is None) == (part is None):
         raise ConfigurationError("give either --data FILE or --part NAME, and not both")
-    screen = Screen(Output(quiet=quiet))
+    screen = screen_for("join", Output(quiet=quiet))
     keys, own_name = _identity(state, name, insecure=insecure)
     for warning in expiry_warnings(keys) if keys else ():
-        screen.say(warning)
+        screen.say(warning, "certificate_expires")
     loaded = load(task, source, preprocessing)
     own = own_tables(loaded, data, part, holders, seed)
     size = loaded.source.nominal_size(holders)
@@ -114,7 +120,7 @@ def join(
         else wanted.agreed(rules, size)
     )
     require_fitting(rules, allowed, loaded.name, authority or server)
-    with HolderState.at(state, anchor or ()) as memory:
+    with locked(state, "sotto join"), HolderState.at(state, anchor or ()) as memory:
         holder = Holder(
             own_name,
             loaded,
@@ -128,11 +134,12 @@ def join(
         holder.trainer.warm_up()
         if is_first:
             add_policy(rules, allowed)
-            screen.say(f"Wrote {rules} from the flags; from now on it is what holds.")
-        screen.say(_greeting(holder))
+            sentence = f"Wrote {rules} from the flags; from now on it is what holds."
+            screen.say(sentence, "policy_written", file=str(rules))
+        _greet(screen, holder)
         if "secure-sum" in allowed.aggregation and not allowed.holders:
-            screen.say(f"{holder.name}: {UNPINNED}")
-        _stay(screen, holder, server, keys)
+            screen.say(f"{holder.name}: {UNPINNED}", "unpinned", holder=holder.name)
+        stay(screen, holder, server, keys, metrics=metrics, keepalive=keepalive)
 
 
 def _identity(state: Path, name: str | None, *, insecure: bool) -> tuple[HolderKeys | None, str]:
@@ -146,90 +153,6 @@ def _identity(state: Path, name: str | None, *, insecure: bool) -> tuple[HolderK
     if name is None:
         raise ConfigurationError("--insecure has no certificate to take a name from: give --name")
     return None, name
-
-
-def _stay(screen: Screen, holder: Holder, server: str, keys: HolderKeys | None) -> None:
-    """Answer until a signal; a second one does not wait for the work in hand."""
-    from flwr.app import Context, RecordDict
-
-    from client.app import build_app
-    from client.node import Connected, Node
-    from client.secure import Participant
-    from common.limits import largest_request
-    from common.link.signing import Identity, Trust
-
-    if keys is None:
-        participant = Participant.unsigned(holder)
-    else:
-        trust = Trust(keys.authority, frozenset(holder.policy.holders))
-        participant = Participant(holder, lambda: Identity.of(keys), trust)
-
-    def told(event: NodeEvent) -> None:
-        if isinstance(event, Connected):
-            _note_keys(screen, holder, keys)
-        _tell(screen, holder, event)
-
-    app = build_app(lambda _: participant)
-    context = Context(1, 1, {}, RecordDict(), {})
-    node = Node(
-        server,
-        lambda message: app(message, context),
-        keys=keys,
-        name=holder.name,
-        task=holder.task.name,
-        on_event=told,
-        max_message_bytes=largest_request(holder.task),
-    )
-    signalled = False
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        nonlocal signalled
-        del number, frame
-        node.stop(now=signalled)
-        signalled = True
-
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
-    node.run()
-    screen.say(f"{holder.name}: left.")
-
-
-def _note_keys(screen: Screen, holder: Holder, keys: HolderKeys | None) -> None:
-    """Have the ledger say whose it is and which keys it shows: before anything leaves under them.
-
-    Args:
-        screen: is told of what goes wrong; the work goes on, for the entry protects nobody.
-        holder: whose ledger it is.
-        keys: of the holder; None where there is no TLS.
-    """
-    from common.errors import LinkError, StateError
-    from sotto.keys_report import keys_sentence
-
-    try:
-        holder.state.ledger.note_holder(holder.name, keys_sentence(keys))
-    except (LinkError, StateError) as error:
-        screen.say(f"{holder.name}: the ledger does not say which keys it shows: {error}.")
-
-
-def _tell(screen: Screen, holder: Holder, event: NodeEvent) -> None:
-    """One plain line for what a person wants to know."""
-    from client.node import Connected, Disconnected, Replied
-
-    if isinstance(event, Connected):
-        screen.say(f"{event.holder}: joined {event.federation}.")
-    elif isinstance(event, Disconnected):
-        screen.say(f"{holder.name}: {event.reason}; trying again in {event.retry_in:.1f} s.")
-    elif isinstance(event, Replied) and (event.error is not None or not screen.quiet):
-        budget = holder.policy.budget
-        account = f"; ε spent {figure(holder.spent(), 2)} of {budget.epsilon:g}" if budget else ""
-        screen.say(f"{holder.name}: {event.message_type} {_outcome(event)}{account}.")
-
-
-def _outcome(event: Replied) -> str:
-    if event.error is None:
-        return f"done in {event.seconds:.2f} s"
-    # A refusal says "rule: sentence"; of a failure there is only the exception's type.
-    return f"declined ({event.error})" if ": " in event.error else f"failed ({event.error})"
 
 
 def own_tables(
@@ -257,14 +180,24 @@ def own_data(
     return task.prepare(own_tables(task, path, part, holders, seed))
 
 
-def _greeting(holder: Holder) -> str:
+def _greet(screen: Screen, holder: Holder) -> None:
+    """Ready, and what the account says."""
     policy = holder.policy
-    rehearsal = " A dry run: nothing is computed or sent." if policy.dry_run else ""
+    fields: dict[str, object] = {
+        "holder": holder.name,
+        "data_set": policy.data_set,
+        "dry_run": policy.dry_run,
+    }
     if policy.budget is not None:
-        return (
-            f"{holder.name}: ready; ε {figure(holder.spent())} of {policy.budget.epsilon:g} spent "
-            f"on data set {policy.data_set!r} (δ={policy.budget.delta:g}).{rehearsal}"
+        spent, budget = holder.spent(), policy.budget
+        account = (
+            f"ε {figure(spent)} of {budget.epsilon:g} spent on data set {policy.data_set!r} "
+            f"(δ={budget.delta:g})"
         )
-    if policy.unprotected:
-        return f"{holder.name}: ready; no budget is set, releases are not protected.{rehearsal}"
-    return f"{holder.name}: ready; no budget is set, so every request is refused.{rehearsal}"
+        fields |= {"epsilon_spent": spent, "epsilon_budget": budget.epsilon, "delta": budget.delta}
+    elif policy.unprotected:
+        account = "no budget is set, releases are not protected"
+    else:
+        account = "no budget is set, so every request is refused"
+    rehearsal = " A dry run: nothing is computed or sent." if policy.dry_run else ""
+    screen.say(f"{holder.name}: ready; {account}.{rehearsal}", "ready", **fields)

@@ -41,10 +41,12 @@ __all__ = [
     "Share",
     "comparison_rows",
     "counted",
+    "drawn",
     "evaluation_note",
     "evaluation_rows",
     "figure",
     "guarantee",
+    "plain",
     "setting_text",
     "spread",
     "sweep_rows",
@@ -231,25 +233,42 @@ class Screen:
         self.quiet = output.quiet
         self.console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
 
-    def say(self, sentence: str) -> None:
-        """A plain sentence, without the control characters that others may have put into it."""
-        self.console.print(_plain(sentence))
+    def say(self, sentence: str, event: str = "note", **fields: object) -> None:
+        """A plain sentence, without the control characters that others may have put into it.
+
+        Args:
+            sentence: for people.
+            event: a word that says to machines what it is about (:mod:`sotto.logs`).
+            fields: the event's figures, for machines; they are in the sentence already.
+        """
+        del event, fields
+        self.console.print(plain(sentence))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table; the first column is text, the others are numbers."""
-        self.console.print(_table(title, columns, rows))
+        self.console.print(drawn(title, columns, rows))
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=_plain(title, "bold"), title_justify="left", box=SIMPLE_HEAD)
+def drawn(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1
+) -> Table:
+    """A table to print.
+
+    Args:
+        title: of it.
+        columns: names; the first are text, the others numbers.
+        rows: cells.
+        texts: how many columns are text.
+    """
+    table = Table(title=plain(title, "bold"), title_justify="left", box=SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(_plain(column), justify="right" if number else "left")
+        table.add_column(plain(column), justify="left" if number < texts else "right")
     for row in rows:
-        table.add_row(*map(_plain, row))
+        table.add_row(*map(plain, row))
     return table
 
 
-def _plain(text: str, style: str = "") -> Text:
+def plain(text: str, style: str = "") -> Text:
     """Text as it stands: no markup, and nothing but printable characters and line ends."""
     return Text("".join(c for c in text if c.isprintable() or c == "\n"), style)
 
@@ -267,7 +286,7 @@ class LiveTable(AbstractContextManager["LiveTable"]):
         self._screen, self._title, self._columns = screen, title, columns
         self._live = Live(console=screen.console, refresh_per_second=8) if screen.live else None
 
-    def __enter__(self) -> LiveTable:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         return self
@@ -281,12 +300,14 @@ class LiveTable(AbstractContextManager["LiveTable"]):
         if self._live is not None:
             self._live.stop()
 
-    def update(self, rows: Sequence[Sequence[str]], line: str) -> None:
-        """Draw ``rows``, or print ``line``."""
+    def update(
+        self, rows: Sequence[Sequence[str]], line: str, event: str = "note", **fields: object
+    ) -> None:
+        """Draw ``rows``, or say ``line``; event and fields as for :meth:`Screen.say`."""
         if self._live is not None:
-            self._live.update(_table(self._title, self._columns, rows))
+            self._live.update(drawn(self._title, self._columns, rows))
         else:
-            self._screen.say(line)
+            self._screen.say(line, event, **fields)
 
 
 class _Bar(AbstractContextManager["_Bar"]):

@@ -25,6 +25,8 @@ WHERE = {
     "flwr.common": r"common/flower\.py",
     "flwr.proto": r"common/flower\.py",
     "pickle": r"(?!)",
+    "grpc_health": r"server/link/.*|server/grid\.py",
+    "prometheus_client": r"server/metrics\.py|client/metrics\.py",
     "typer": r"sotto/.*",
     "rich": r"sotto/.*",
 }
