@@ -8,7 +8,7 @@ docs/privacy.md shows the same table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +23,10 @@ from common import guarantees
 from common.guarantees import DistributedPrivacy, Privacy
 from common.privacy import distributed, step
 from common.privacy.account import Account
+from common.privacy.ledger import Ledger
 from common.privacy.noise import Randomness, SeededRandomness
+from common.privacy.releases import Release, Reservation
+from server.journal import RoundJournal
 
 __all__ = ["MUTANTS", "Mutant"]
 
@@ -154,8 +157,24 @@ def _sent_before_it_is_charged(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Holder, "_answered_once", answered)
 
 
+def _without_a_journal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RoundJournal, "_read", lambda self: 0)  # as if there had been nothing in it
+
+
+def _charged_again(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.reserve
+
+    def reserve(self: Ledger, release: Release, *terms: Any) -> Reservation:
+        if self.find(release.request_id) is not None:
+            release = replace(release, request_id=f"{release.request_id}-again")
+        return real(self, release, *terms)
+
+    patch.setattr(Ledger, "reserve", reserve)
+
+
 _TRAINER, _STEP = "tests/client/test_trainer.py::", "tests/common/privacy/test_step.py::"
 _SUM = "tests/common/privacy/test_distributed.py::"
+_RECOVERY = "tests/faults/test_recovery.py::"
 _APP, _PLAN = "tests/client/test_holder.py::", "tests/common/test_plan.py::"
 _NOISE = _TRAINER + (
     "test_the_noise_is_gaussian_with_the_plans_deviation_and_empty_batches_get_it_too"
@@ -230,6 +249,19 @@ MUTANTS: Mapping[str, Mutant] = MappingProxyType(
                 _SUM + "test_the_noise_of_the_fewest_honest_survivors_is_the_full_noise",
                 _SUM + "test_parts_are_gaussian_about_the_sum_and_independent",
             ],
+        ),
+        "no-journal": Mutant(
+            "a coordinator that comes back knows nothing of the round that it was in",
+            _without_a_journal,
+            [
+                _RECOVERY + "test_a_coordinator_that_comes_back_asks_only_for_what_is_missing",
+                _RECOVERY + "test_a_model_that_has_left_is_made_again_to_the_last_bit",
+            ],
+        ),
+        "charged-again": Mutant(
+            "a request that is made again is charged again",
+            _charged_again,
+            [_RECOVERY + "test_a_holder_killed_after_reserving_pays_once"],
         ),
         "ledger-after-sending": Mutant(
             "the reply leaves before the ledger knows of it",

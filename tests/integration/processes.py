@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-__all__ = ["Process", "free_port", "process", "wait_until"]
+__all__ = ["Handle", "Process", "free_port", "process", "wait_until"]
 
 _T = TypeVar("_T")
 _POLL = 0.1  # seconds
@@ -32,6 +32,24 @@ def free_port() -> int:
         return port
 
 
+class Handle(Protocol):
+    """Of a process, as :class:`subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs; of a signal that ended it, the negative."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code; raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send a signal, unless it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
 @dataclass(frozen=True)
 class Process:
     """A running process whose output goes to a file.
@@ -43,7 +61,7 @@ class Process:
     """
 
     name: str
-    handle: subprocess.Popen[bytes]
+    handle: Handle
     log: Path
 
     @property
