@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TOOLS := build/tools
 LOCK := build/lock
 
-.PHONY: demo test lint types stubs benchmarks curves histories fuzz lock sbom audit clean
+.PHONY: demo test lint types stubs benchmarks curves histories faults soak corruption fuzz lock sbom audit clean
 
 demo: $(STAMP)
 	$(BIN)/sotto demo
@@ -35,6 +35,8 @@ benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks.accounting --json benchmarks/accounting.json
 	$(BIN)/python benchmarks/histogram_auc.py --json benchmarks/histogram_auc.json
 	$(BIN)/python benchmarks/central.py --json benchmarks/central.json
+	$(BIN)/python benchmarks/recovery.py --json benchmarks/recovery.json
+	$(BIN)/python benchmarks/many_holders.py --json benchmarks/many_holders.json
 
 # The tables and plots of docs/results.md; three quarters of an hour.
 curves: $(STAMP)
@@ -46,6 +48,24 @@ curves: $(STAMP)
 # Thousands of histories of the ledger, with crashes at every write; the suite plays a few hundred.
 histories: $(STAMP)
 	SOTTO_HISTORIES=5000 $(BIN)/python -m pytest --timeout 3600 tests/common/privacy/test_ledger_histories.py
+
+# Whole runs, killed again and again (docs/faults.md); the suite plays 30. Half an hour on two cores.
+# What failed is played again with the seed that it prints: SOTTO_FAULTS_SEED=1234 make faults
+FAULTS ?= 500
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults --runs $(FAULTS)
+
+# Memory, descriptors and threads of a coordinator and four holders; fails where they grow. The
+# figures of benchmarks/RESULTS.md are of make soak ROUNDS=10000, which takes a quarter of an hour.
+ROUNDS ?= 1000
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --rounds $(ROUNDS) --json benchmarks/soak.json
+
+# Every byte of a checkpoint, a journal, a ledger and an answer, flipped in turn; the suite samples.
+corruption: $(STAMP)
+	SOTTO_CORRUPTION=all $(BIN)/python -m pytest --timeout 3600 tests/server/test_checkpoints.py \
+	    tests/server/test_journal.py tests/common/privacy/test_ledger_damage.py tests/client/test_state.py \
+	    -k "flip or byte or corrupt"
 
 # What pip resolves today for Sotto and Ray, in an environment that begins empty. Make it with the
 # oldest Python that pyproject.toml allows: make lock PYTHON=python3.11
