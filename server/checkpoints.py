@@ -193,8 +193,13 @@ class Checkpoints:
         return 0 if newest is None else _round_of(newest)
 
     def clear(self) -> None:
-        """Delete all checkpoints: the run has ended and its model is kept."""
-        for path in [*self._files(), *self.folder.glob("checkpoint-*.damaged")]:
+        """Delete all checkpoints: the run is over, and its model is kept.
+
+        The newest goes last: with it alone a run that was cut here is over, too, and with an older
+        one alone its last rounds would be asked for again.
+        """
+        aside = self.folder.glob("checkpoint-*.damaged")
+        for path in [*aside, *reversed(list(self._files()))]:
             path.unlink()
 
     def _files(self) -> Iterator[Path]:

@@ -138,6 +138,23 @@ def test_a_flip_of_any_byte_is_found(tmp_path: Path) -> None:
     assert same(loaded(checkpoints), 2), "and the whole one would have been used"
 
 
+def test_of_all_that_are_cleared_the_newest_goes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process killed in the midst of it would otherwise ask for the last rounds again."""
+    checkpoints = saved(tmp_path, 1, 2, 3, 4, kept=4)
+    left = []
+    unlink = Path.unlink
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        left.append(checkpoints.newest)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    checkpoints.clear()
+    assert left == [4, 4, 4, 0]
+
+
 def test_before_the_first_checkpoint_there_is_the_beginning(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     newest(tmp_path).write_bytes(b"")
