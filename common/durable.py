@@ -33,6 +33,7 @@ __all__ = [
     "reserved",
     "storage_errors",
     "sync_folder",
+    "write_all",
     "write_bytes",
     "write_tensors",
 ]
@@ -143,7 +144,7 @@ def append_line(path: Path, line: str, *, sync: bool = False) -> None:
             torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
             try:
                 os.lseek(handle, size, os.SEEK_SET)
-                _write_all(handle, [b"\n" * torn + line.encode() + b"\n"])
+                write_all(handle, [b"\n" * torn + line.encode() + b"\n"])
                 if sync:
                     os.fsync(handle)
             except OSError:
@@ -241,6 +242,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def write_all(handle: int, parts: _Parts) -> None:
+    """Write parts at a descriptor's position, however many calls that takes; raises OSError."""
+    for part in parts:
+        left = memoryview(part)
+        while left:
+            left = left[os.write(handle, left) :]
+
+
 # -- inside --------------------------------------------------------------------------------------
 
 
@@ -251,22 +260,22 @@ def _replace(
     mode: int = 0o666,
 ) -> str:
     """Write parts beside ``path``, sync, rename; returns sha256 of the whole, in hex."""
-    part = _beside(path)
+    part, digest = _beside(path), hashlib.sha256()
     try:
         # Without truncating: it may hold room that was reserved.
         handle = os.open(part, os.O_WRONLY | os.O_CREAT, mode)
         try:
-            digest = _write_all(handle, parts)
+            write_all(handle, _noted(digest, parts))
             os.ftruncate(handle, os.lseek(handle, 0, os.SEEK_CUR))
             os.fsync(handle)
         finally:
             os.close(handle)
-        part.replace(path if named is None else path.with_name(named(digest)))
+        part.replace(path if named is None else path.with_name(named(digest.hexdigest())))
     except BaseException:
         _remove(part)
         raise
     sync_folder(path.parent)
-    return digest
+    return digest.hexdigest()
 
 
 def _take_room(handle: int, size: int) -> None:
@@ -279,15 +288,11 @@ def _take_room(handle: int, size: int) -> None:
                 raise
 
 
-def _write_all(handle: int, parts: _Parts) -> str:
-    """Write parts at the file's position; returns their sha256, in hex."""
-    digest = hashlib.sha256()
+def _noted(digest: hashlib._Hash, parts: _Parts) -> _Parts:
+    """The parts, each taken into a digest before it is handed on."""
     for part in parts:
         digest.update(part)
-        left = memoryview(part)
-        while left:
-            left = left[os.write(handle, left) :]
-    return digest.hexdigest()
+        yield part
 
 
 def _safetensors(

@@ -33,7 +33,7 @@ from typing import Any
 from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from common.durable import storage_errors
+from common.durable import storage_errors, write_all
 from common.errors import StateError, WireError
 from common.flower import Around, holder_name, stamp
 from common.link import federation_pb2 as pb
@@ -210,8 +210,7 @@ class RoundJournal:
         for part in rest:
             checksum = zlib.crc32(part, checksum)
         with storage_errors(self._path):
-            for part in (_CHECKSUM.pack(checksum), *rest):
-                _write_all(self._handle, part)
+            write_all(self._handle, (_CHECKSUM.pack(checksum), *rest))
 
     def _read(self) -> int:
         """Take in the records that are whole; returns where they end."""
@@ -278,12 +277,6 @@ def _answer(head: Mapping[str, Any], payload: bytes) -> Answer:
     )
     pieces = (payload,) if payload else ()
     return decode(Incoming(header, pieces), src_node_id=0, dst_node_id=0).content
-
-
-def _write_all(handle: int, part: bytes) -> None:
-    rest = memoryview(part)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
 
 
 def _is_evaluation(kind: str) -> bool:
